@@ -1,0 +1,72 @@
+"""Applying an update to the weights."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from subspan.optim.composition import Composition
+from subspan.optim.parts.inner import Rate
+from subspan.optim.parts.output import Update
+from subspan.optim.parts.workspace import Workspace
+from subspan.subspaces.bases import Subspace
+
+
+def apply_update(
+    weight: Tensor,
+    update: Update,
+    gradient: Tensor,
+    subspace: Subspace | None,
+    lr: Rate,
+    weight_decay: float,
+    parts: Composition,
+    work: Workspace,
+) -> None:
+    """`W <- decay W - U`, or `decay (W - U)` where the inner optimizer decays after the step, in place.
+
+    Args:
+        weight: `(..., m, n)`, or any shape without a subspace.
+        update: the terms of U; overwritten.
+        gradient: same shape as the weight.
+        subspace: lifts the coordinates; None: they have full size already.
+        lr: learning rate, for the decay and for updates whose clipping comes before the learning rate.
+        weight_decay: decay is `1 - lr * weight_decay`.
+        parts: supplies `clip_rms` and the place of the decay.
+        work: scratch memory.
+    """
+    decay = 1.0 - lr * weight_decay if weight_decay else 1.0
+    gain = decay if parts.inner.decay == "after" else 1.0
+    if parts.clip_rms is None:
+        _add(weight, update, gradient, subspace, decay, gain)
+        return
+    total = work.like(weight).zero_()
+    _add(total, update, gradient, subspace, 1.0, 1.0)
+    dims = (-2, -1) if weight.dim() >= 2 else (-1,)
+    rms = total.square().mean(dims, keepdim=True).sqrt_()
+    total.mul_((rms / parts.clip_rms).clamp_(min=1.0).reciprocal_().mul_(lr * gain))
+    weight.mul_(decay).add_(total)
+
+
+def _add(
+    target: Tensor, update: Update, gradient: Tensor, subspace: Subspace | None, decay: Rate, gain: Rate
+) -> None:
+    """`target <- decay * target - gain * U`."""
+    whole = isinstance(decay, Tensor) or update.coordinates is None or subspace is None
+    if whole and (isinstance(decay, Tensor) or decay != 1.0):
+        target.mul_(decay)
+    if update.coordinates is not None:
+        coordinates, step = update.coordinates, update.alpha * gain
+        if isinstance(step, Tensor):
+            coordinates, step = coordinates.mul_(step), 1.0
+        if subspace is None:
+            target.add_(coordinates, alpha=-step)
+        else:
+            beta = 1.0 if isinstance(decay, Tensor) else decay
+            subspace.add_lift_(target, coordinates, alpha=-step, beta=beta)
+    if update.scale is not None:
+        scale = update.scale * gain
+        if isinstance(scale, Tensor):
+            target.addcmul_(gradient, scale, value=-1.0)
+        else:
+            target.add_(gradient, alpha=-scale)
+    if update.extra is not None:
+        target.sub_(update.extra.mul_(gain))

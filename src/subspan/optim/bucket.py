@@ -1,0 +1,150 @@
+"""A bucket: parameters of one group with equal shape, dtype, device and history, processed as one batch.
+
+Between steps states live per parameter in `optimizer.state[p]`. For a step a bucket presents them, the gradients and
+the weights in compute precision, batched over a leading dimension when there is more than one parameter. A single
+parameter whose tensors already are in compute precision is presented as it is, without any copy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from subspan import linalg
+from subspan.optim.parts.storage import compute_dtype
+from subspan.optim.parts.workspace import Workspace
+from subspan.subspaces.layout import Layout
+
+BASIS_NAMES = frozenset(("basis", "basis_left", "basis_right", "index"))
+
+# Draws that one parameter makes in one step, told apart by the purpose mixed into their seeds.
+FIND, ROUND_WEIGHT, ROUND_STATE = 1, 2, 3
+
+
+@dataclass
+class Bucket:
+    """See the module.
+
+    Args:
+        weights: the parameters, or flat pieces of one.
+        gradients: same shapes.
+        states: their stored states.
+        layouts: their layouts.
+        step: 1-based step about to be taken.
+        age: steps since the moments started, this one included.
+        due: whether a refresh is planned for this step.
+    """
+
+    weights: list[Tensor]
+    gradients: list[Tensor]
+    states: list[dict[str, Any]]
+    layouts: list[Layout]
+    step: int
+    age: int
+    due: bool = False
+
+    def __post_init__(self) -> None:
+        self.layout = self.layouts[0]
+        self.device = self.weights[0].device
+        self.dtype = compute_dtype(self.weights[0].dtype)
+        self.single = len(self.weights) == 1
+
+    def gather(self, tensors: list[Tensor], work: Workspace) -> Tensor:
+        """The tensors in the layout's view and compute precision; a view of the only one where possible."""
+        view = self.layout.view
+        if self.single:
+            tensor = tensors[0].reshape(view)
+            if tensor.dtype == self.dtype:
+                return tensor if tensor.is_contiguous() or len(view) < 2 else self._copy([tensor], work)
+        return self._copy(tensors, work)
+
+    def _copy(self, tensors: list[Tensor], work: Workspace) -> Tensor:
+        view = self.layout.view
+        batch = work.take((len(tensors), *view), self.dtype, self.device)
+        for row, tensor in zip(batch, tensors, strict=True):
+            row.copy_(tensor.reshape(view))
+        return batch[0] if self.single else batch
+
+    def load(self) -> dict[str, Any]:
+        """The states in compute precision; numbers become lists with one entry per parameter."""
+        loaded: dict[str, Any] = {}
+        for name, first in self.states[0].items():
+            if not isinstance(first, Tensor):
+                loaded[name] = [state[name] for state in self.states]
+            else:
+                stored = first if self.single else torch.stack([state[name] for state in self.states])
+                loaded[name] = stored.to(self.dtype) if stored.is_floating_point() else stored
+        return loaded
+
+    def commit(self, loaded: dict[str, Any], *, bases: bool, seed: int, stochastic: bool) -> None:
+        """Write loaded states back where they are not the stored tensors themselves.
+
+        Args:
+            loaded: what `load` returned, updated.
+            bases: whether the basis changed and has to be written too.
+            seed: of the optimizer's group, for stochastic rounding.
+            stochastic: round to bf16 at random rather than to nearest (bases are always rounded to nearest).
+        """
+        for name, value in loaded.items():
+            is_basis = name in BASIS_NAMES
+            if is_basis and not bases:
+                continue
+            for row, state in enumerate(self.states):
+                stored = state[name]
+                if not isinstance(stored, Tensor):
+                    state[name] = value[row]
+                    continue
+                new = value if self.single else value[row]
+                if new.data_ptr() != stored.data_ptr() or new.dtype != stored.dtype:
+                    draw = None if is_basis or not stochastic else self._generator(row, seed, ROUND_STATE)
+                    write(stored, new, draw)
+
+    def write_weights(self, values: Tensor, seed: int, stochastic: bool) -> None:
+        """Write updated weights back where `gather` had to copy them."""
+        for row, weight in enumerate(self.weights):
+            new = values if self.single else values[row]
+            if new.data_ptr() != weight.data_ptr() or new.dtype != weight.dtype:
+                draw = self._generator(row, seed, ROUND_WEIGHT) if stochastic else None
+                write(weight, new.view(weight.shape), draw)
+
+    def seeds(self, seed: int, purpose: int) -> list[int]:
+        """One seed per parameter for this step and purpose."""
+        return [linalg.derive_seed(seed, layout.index, self.step, purpose) for layout in self.layouts]
+
+    def _generator(self, row: int, seed: int, purpose: int) -> torch.Generator:
+        return linalg.generator(self.seeds(seed, purpose)[row], self.device)
+
+
+def write(target: Tensor, value: Tensor, draw: torch.Generator | None) -> None:
+    """Copy `value` into `target`, rounding stochastically if the target is bf16 and a generator is given."""
+    if target.dtype == torch.bfloat16 and value.dtype == torch.float32 and draw is not None:
+        linalg.stochastic_round_(target, value.reshape(target.shape), draw)
+    else:
+        target.copy_(value)
+
+
+def pieces(bucket: Bucket, length: int) -> list[Bucket]:
+    """Cut a bucket of one elementwise parameter into flat pieces, so that its temporaries stay small."""
+    weight, gradient, state = bucket.weights[0], bucket.gradients[0], bucket.states[0]
+    tensors = [value for value in state.values() if isinstance(value, Tensor)]
+    flat = all(tensor.is_contiguous() for tensor in (weight, gradient, *tensors))
+    if not flat or weight.numel() <= length:
+        return [bucket]
+    cut = []
+    for number, start in enumerate(range(0, weight.numel(), length)):
+        part = slice(start, start + length)
+        size = min(length, weight.numel() - start)
+        # Pieces of one parameter must not draw the same rounding noise: the piece number joins the index.
+        layout = replace(
+            bucket.layout, view=(size,), index=linalg.derive_seed(bucket.layout.index, number)
+        )
+        sliced = {
+            name: value.view(-1)[part] if isinstance(value, Tensor) else value for name, value in state.items()
+        }
+        cut.append(
+            Bucket([weight.view(-1)[part]], [gradient.view(-1)[part]], [sliced], [layout], bucket.step, bucket.age)
+        )
+    return cut

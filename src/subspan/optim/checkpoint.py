@@ -1,0 +1,113 @@
+"""Optimizer checkpoints: plain tensors, numbers and text; checked as a whole before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import is_dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from subspan.optim.engine import SubspaceOptimizer
+
+
+def plain(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state dict whose param groups describe parts given as objects in words."""
+    groups = [
+        {key: repr(value) if is_dataclass(value) else value for key, value in group.items()}
+        for group in state_dict["param_groups"]
+    ]
+    return {**state_dict, "param_groups": groups}
+
+
+def load(optimizer: SubspaceOptimizer, state_dict: Mapping[str, Any]) -> None:
+    """Replace the optimizer's hyper-parameters and state by a checkpoint's.
+
+    Raises:
+        ValueError: if the checkpoint is not one of this method, these parameters, or these shapes. Nothing has
+            been changed then.
+    """
+    saved_groups = state_dict.get("param_groups")
+    if not isinstance(saved_groups, list) or "state" not in state_dict:
+        raise ValueError("the checkpoint is not an optimizer state: it has no 'param_groups' and 'state'")
+    _check_groups(optimizer, saved_groups)
+    before = [dict(group) for group in optimizer.param_groups]
+    try:
+        for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
+            for key, value in saved.items():
+                if key not in ("params", "param_names") and not is_dataclass(group.get(key)):
+                    group[key] = value
+        loaded = _matched_state(optimizer, saved_groups, state_dict["state"])
+    except Exception:
+        for group, old in zip(optimizer.param_groups, before, strict=True):
+            group.update(old)
+        raise
+    optimizer.state.clear()
+    optimizer.state.update(loaded)
+
+
+def _check_groups(optimizer: SubspaceOptimizer, saved_groups: list[dict[str, Any]]) -> None:
+    own = optimizer.param_groups
+    if len(saved_groups) != len(own):
+        raise ValueError(f"the checkpoint has {len(saved_groups)} param groups, the optimizer {len(own)}")
+    for number, (group, saved) in enumerate(zip(own, saved_groups, strict=True)):
+        if saved.get("method") != group["method"]:
+            raise ValueError(
+                f"the checkpoint was written by method {saved.get('method', 'unknown')!r}, "
+                f"this optimizer is {group['method']!r}"
+            )
+        if len(saved["params"]) != len(group["params"]):
+            raise ValueError(
+                f"param group {number} has {len(saved['params'])} parameters in the checkpoint, "
+                f"{len(group['params'])} in the optimizer"
+            )
+        names, saved_names = group.get("param_names"), saved.get("param_names")
+        if names and saved_names and names != saved_names:
+            other = next((a, b) for a, b in zip(saved_names, names, strict=True) if a != b)
+            raise ValueError(
+                f"param group {number} holds {other[0]!r} in the checkpoint where the optimizer has {other[1]!r}"
+            )
+        for key, value in group.items():
+            if is_dataclass(value) and saved.get(key) != repr(value):
+                raise ValueError(f"{key} is {saved.get(key)} in the checkpoint, {value!r} in the optimizer")
+
+
+def _matched_state(
+    optimizer: SubspaceOptimizer, saved_groups: list[dict[str, Any]], saved_state: Mapping[Any, Any]
+) -> dict[Tensor, dict[str, Any]]:
+    """The checkpoint's state per parameter, with every shape checked against the declarations."""
+    loaded: dict[Tensor, dict[str, Any]] = {}
+    pairs = chain.from_iterable(
+        zip(group["params"], saved["params"], strict=True)
+        for group, saved in zip(optimizer.param_groups, saved_groups, strict=True)
+    )
+    for parameter, key in pairs:
+        if key not in saved_state:
+            continue
+        layout, parts = optimizer.layout_of(parameter), optimizer.parts_of(parameter)
+        declared = {item.name: item for item in parts.declarations(layout)}
+        state: dict[str, Any] = {}
+        for name, value in saved_state[key].items():
+            if not isinstance(value, Tensor):
+                state[name] = value
+                continue
+            if name not in declared:
+                raise ValueError(f"the checkpoint holds {name!r} for parameter {layout.name!r}, which this method does not keep")
+            shape = layout.shape(declared[name].shape)
+            if tuple(value.shape) != shape:
+                raise ValueError(
+                    f"{name!r} of parameter {layout.name!r} has shape {tuple(value.shape)} in the checkpoint, {shape} "
+                    "in this optimizer: rank, side or model differ"
+                )
+            dtype = parts.storage.dtype(declared[name], parameter.dtype)
+            target = torch.zeros_like(parameter, dtype=dtype) if shape == parameter.shape else None
+            copy = torch.empty(shape, dtype=dtype, device=parameter.device) if target is None else target
+            state[name] = copy.copy_(value)
+        missing = [name for name in declared if name not in state]
+        if missing and "period" not in state:
+            raise ValueError(f"the checkpoint lacks {missing[0]!r} for parameter {layout.name!r}")
+        loaded[parameter] = state
+    return loaded

@@ -1,0 +1,159 @@
+"""A recipe's result: one choice of every part, checked for parts that disagree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+from subspan.optim.parts.activity import Blocks
+from subspan.optim.parts.inner import Inner
+from subspan.optim.parts.normaliser import FactoredRMS
+from subspan.optim.parts.output import Discard, Lift, Remainder, RescaledGradient, Stateless
+from subspan.optim.parts.refresh import Refresh
+from subspan.optim.parts.storage import Storage
+from subspan.optim.parts.transport import Keep
+from subspan.subspaces.finders import Finder
+from subspan.subspaces.layout import PROJECTION_TYPES, Layout, StateDeclaration, check_rank
+
+Output = Lift | RescaledGradient
+
+
+@dataclass(frozen=True)
+class Composition:
+    """One method as a choice of parts.
+
+    Args:
+        inner: runs on the coordinates.
+        plain: runs on parameters that are not projected; the inner optimizer if None.
+        finder: where the subspace comes from; None: no subspace, the inner optimizer sees the whole gradient.
+        rank: dimension of the subspace, or a fraction of the smaller dimension.
+        proj_type: which side is projected: std, reverse_std, left, right, full or entries.
+        tie: the side that "std" takes for square matrices.
+        refresh: when the finder runs again.
+        transport: what happens to the moments then.
+        output: how the update is made.
+        remainder: what is done with the residual.
+        normaliser: scaling of the gradient before it is projected.
+        activity: which projected parameters take part.
+        lr_scale: factor on the learning rate of projected parameters (weight decay keeps the unscaled one).
+        parameter_scale: if given, the learning rate is multiplied with `max(parameter_scale, rms(W))`.
+        clip_rms: if given, the full-size update is divided by `max(1, rms(update) / clip_rms)`.
+        storage: formats of the state.
+
+    Raises:
+        ValueError: if two parts disagree; the message names both.
+    """
+
+    inner: Inner
+    plain: Inner | None = None
+    finder: Finder | None = None
+    rank: int | float = 1
+    proj_type: str = "std"
+    tie: Literal["left", "right"] = "right"
+    refresh: Refresh = field(default_factory=Refresh)
+    transport: Keep = field(default_factory=Keep)
+    output: Output = field(default_factory=Lift)
+    remainder: Remainder = field(default_factory=Discard)
+    normaliser: FactoredRMS | None = None
+    activity: Blocks | None = None
+    lr_scale: float = 1.0
+    parameter_scale: float | None = None
+    clip_rms: float | None = None
+    storage: Storage = field(default_factory=Storage)
+
+    def __post_init__(self) -> None:
+        if self.finder is not None:
+            check_rank(self.rank)
+        if self.proj_type not in PROJECTION_TYPES:
+            raise ValueError(
+                f"proj_type={self.proj_type!r} is not known: use one of {', '.join(PROJECTION_TYPES)}"
+            )
+        for complaint in self._disagreements():
+            raise ValueError(complaint)
+
+    def _disagreements(self) -> list[str]:
+        """Every pair of parts that cannot work together, in words."""
+        found = []
+        finder, two_sided = self.finder, self.proj_type == "full"
+        entries = self.proj_type == "entries"
+        if finder is None:
+            if not isinstance(self.output, Lift):
+                found.append("output RescaledGradient needs a finder: without a subspace there is nothing to compare")
+            if not isinstance(self.remainder, Discard) and self.activity is None and self.normaliser is None:
+                found.append(f"remainder {_name(self.remainder)} needs a finder: without one nothing is left over")
+            return found
+        if self.activity is not None:
+            found.append("activity Blocks works on whole tensors and cannot be combined with a finder")
+        if two_sided and not finder.supports_both_sides:
+            found.append(f"finder {_name(finder)} has no two-sided form, which proj_type='full' asks for")
+        if entries and finder.form != "coordinates":
+            found.append(f"finder {_name(finder)} cannot choose entries, which proj_type='entries' asks for")
+        if (two_sided or entries) and self.remainder.one_sided:
+            found.append(f"remainder {_name(self.remainder)} scales columns or rows; proj_type={self.proj_type!r} has neither")
+        if (two_sided or entries) and isinstance(self.output, RescaledGradient) and self.output.granularity == "channel":
+            found.append(f"output RescaledGradient('channel') needs one projected side, not proj_type={self.proj_type!r}")
+        if not self.output.lifts and not isinstance(self.remainder, Discard):
+            found.append(f"output RescaledGradient never lifts, so remainder {_name(self.remainder)} has no residual")
+        if entries and self.transport.moves:
+            found.append(f"transport {_name(self.transport)} needs a change of basis, which proj_type='entries' does not define")
+        if entries and self.inner.needs_matrix:
+            found.append(f"inner {_name(self.inner)} needs matrices; the coordinates of proj_type='entries' are a vector")
+        if finder.reads_momentum and self.inner.first_moment is None:
+            found.append(f"finder {_name(finder)} reads a first moment, which inner {_name(self.inner)} does not keep")
+        if self.transport.moves and self.inner.first_moment is None:
+            found.append(f"transport {_name(self.transport)} has nothing to move: inner {_name(self.inner)} keeps no moment")
+        if self.transport.moves and type(self.inner).__name__ == "Adafactor":
+            found.append(f"transport {_name(self.transport)} cannot move inner Adafactor's factored second moment")
+        if self.clip_rms is not None and isinstance(self.remainder, Stateless) and self.remainder.rule == "sign":
+            found.append("clip_rms rescales the whole update and cannot be combined with remainder Stateless('sign')")
+        return found
+
+    def without_subspace(self) -> Composition:
+        """The composition for parameters that are not projected: the same inner optimizer, plainly."""
+        return replace(
+            self,
+            inner=self.plain or self.inner,
+            finder=None,
+            refresh=Refresh(),
+            transport=Keep(),
+            output=Lift(),
+            remainder=Discard(),
+            activity=None,
+            lr_scale=1.0,
+        )
+
+    def declarations(self, layout: Layout) -> tuple[StateDeclaration, ...]:
+        """All state that a parameter of that layout keeps, in a fixed order."""
+        declared = list(self.inner.declare(layout))
+        if self.finder is not None:
+            declared += self.finder.declare(layout)
+            declared += self.refresh.declare()
+        declared += self.remainder.declare(layout) if self.finder is not None else ()
+        declared += self.output.declare(layout)
+        if self.normaliser is not None:
+            declared += self.normaliser.declare(layout)
+        return tuple(declared)
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether the update of an entry depends on that entry alone, so that tensors may be cut anywhere."""
+        whole = self.finder is None and self.normaliser is None and self.activity is None
+        return whole and self.inner.elementwise and self.parameter_scale is None and self.clip_rms is None
+
+    @property
+    def reads_momentum_loss(self) -> bool:
+        """Whether the lifted old momentum is needed at a refresh."""
+        return self.remainder.reads_momentum_loss and self.inner.first_moment is not None
+
+    def describe(self) -> dict[str, str]:
+        """Part name -> its setting in words, for listings."""
+        shown = {}
+        for item in fields(self):
+            value: Any = getattr(self, item.name)
+            if value is not None and value != item.default:
+                shown[item.name] = repr(value)
+        return shown
+
+
+def _name(part: object) -> str:
+    return type(part).__name__

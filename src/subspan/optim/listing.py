@@ -1,0 +1,55 @@
+"""What an optimizer holds: bytes by kind, and a table of its parameters."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from subspan.optim.engine import SubspaceOptimizer
+
+
+def state_bytes(optimizer: SubspaceOptimizer) -> dict[str, int]:
+    """Bytes of all state tensors by kind, and their "total". Step counts and seeds are numbers, not tensors."""
+    sizes: dict[str, int] = {}
+    for parameter, state in optimizer.state.items():
+        declared = optimizer.parts_of(parameter).declarations(optimizer.layout_of(parameter))
+        kinds = {item.name: item.kind for item in declared}
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                size = value.numel() * value.element_size()
+                sizes[kinds[name]] = sizes.get(kinds[name], 0) + size
+    return {**sizes, "total": sum(sizes.values())}
+
+
+def declared_bytes(optimizer: SubspaceOptimizer, parameter: Tensor) -> dict[str, int]:
+    """Bytes by kind that a parameter's state takes once it has had a gradient; known before the first step."""
+    layout, parts = optimizer.layout_of(parameter), optimizer.parts_of(parameter)
+    sizes: dict[str, int] = {}
+    for item in parts.declarations(layout):
+        itemsize = parts.storage.dtype(item, parameter.dtype).itemsize
+        sizes[item.kind] = sizes.get(item.kind, 0) + math.prod(layout.shape(item.shape)) * itemsize
+    return sizes
+
+
+def summary(optimizer: SubspaceOptimizer) -> str:
+    """One row per parameter: name, shape, side, rank and declared state bytes; and the total.
+
+    Parameters that activity makes idle for a period ("block") keep no state meanwhile.
+    """
+    rows = [("parameter", "shape", "side", "rank", "state bytes")]
+    total = 0
+    for parameter in (member for group in optimizer.param_groups for member in group["params"]):
+        layout = optimizer.layout_of(parameter)
+        size = sum(declared_bytes(optimizer, parameter).values())
+        total += size
+        shape = "x".join(map(str, layout.natural)) or "scalar"
+        side = layout.side or ("block" if layout.projected else "-")
+        rows.append((layout.name, shape, side, str(layout.rank or "-"), f"{size:,}"))
+    rows.append(("total", "", "", "", f"{total:,}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    rule = "-" * len(lines[0])
+    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])

@@ -1,0 +1,441 @@
+"""Inner optimizers: what runs on the coordinates inside a subspace, or on the whole gradient without one.
+
+Every inner optimizer turns coordinates `(...)` into a `Direction`: the weight moves by `-step * value`,
+lifted to full size. Moments are updated in place. Weight decay is always decoupled
+(`W <- W (1 - lr * weight_decay)`); an inner optimizer only says whether it comes before or after the step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from subspan.optim.parts.workspace import Workspace
+from subspan.subspaces.layout import Layout, StateDeclaration
+
+Rate = float | Tensor
+
+
+@dataclass
+class Direction:
+    """Minus the change of the coordinates, as `step * value`.
+
+    Args:
+        value: same shape as the coordinates; scratch memory that the caller may overwrite.
+        step: step size; a number, or a tensor broadcastable to `(..., m, n)` when it depends on the weight.
+    """
+
+    value: Tensor
+    step: Rate
+
+
+class Inner:
+    """Base of all inner optimizers."""
+
+    elementwise: ClassVar[bool] = False
+    needs_matrix: ClassVar[bool] = False
+    decay: Literal["before", "after"] = "before"
+    first_moment: str | None = None
+    second_moment: str | None = None
+
+    def declare(self, layout: Layout) -> tuple[StateDeclaration, ...]:
+        """The state kept for a parameter of that layout."""
+        raise TypeError(f"{type(self).__name__} does not define declare()")
+
+    def update(self, coordinates: Tensor, state: dict[str, Any], age: int, lr: Rate, work: Workspace) -> Direction:
+        """One step. `age` counts the steps since the moments started, 1-based."""
+        raise TypeError(f"{type(self).__name__} does not define update()")
+
+    def momentum_correction(self, age: int) -> float:
+        """What the first moment is multiplied with to be an unbiased average after `age` steps."""
+        return 1.0
+
+    def variance_correction(self, age: int) -> float:
+        """The same for the second moment."""
+        return 1.0
+
+    @property
+    def momentum_weight(self) -> float:
+        """The decay rate of the first moment."""
+        return 0.0
+
+    def fallback(self) -> Inner:
+        """The inner optimizer for tensors that this one cannot treat (vectors, for matrix methods)."""
+        return self
+
+
+def check_betas(betas: Sequence[float]) -> None:
+    """Refuse averaging rates outside [0, 1).
+
+    Raises:
+        ValueError: naming `betas` and what is allowed.
+    """
+    ok = isinstance(betas, (tuple, list)) and len(betas) == 2
+    if not ok or not all(isinstance(b, (int, float)) and 0.0 <= b < 1.0 for b in betas):
+        raise ValueError(f"betas={betas!r} must be two numbers in [0, 1)")
+
+
+def check_non_negative(**values: float) -> None:
+    """Refuse negative or non-finite hyper-parameters.
+
+    Raises:
+        ValueError: naming the argument and its value.
+    """
+    for name, value in values.items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or value < 0:
+            raise ValueError(f"{name}={value!r} must be a finite number of at least 0")
+
+
+Convention = Literal["hf", "torch", "bitsandbytes"]
+_CONVENTIONS = ("hf", "torch", "bitsandbytes")
+
+
+@dataclass(frozen=True)
+class Adam(Inner):
+    """Adam with decoupled weight decay (Kingma, Ba 2014, arXiv 1412.6980; Loshchilov, Hutter 2017, arXiv 1711.05101).
+
+        M <- b1 M + (1 - b1) R,  V <- b2 V + (1 - b2) R∘R,  value = M / (sqrt(V) + e)
+
+    with step `lr * sqrt(1 - b2^t) / (1 - b1^t)`. The published codes differ in three conventions:
+
+    - "hf": e = eps, added before the bias correction; decay after the step (GaLore, Fira, APOLLO).
+    - "torch": e = eps * sqrt(1 - b2^t), i.e. eps is added after the correction; decay before the step.
+    - "bitsandbytes": eps as "torch", decay after the step (8-bit GaLore's projected matrices; its plain ones are "torch").
+
+    Args:
+        betas: averaging rates of the two moments.
+        eps: added to the root of the second moment.
+        convention: one of the above.
+        correct_bias: False drops both bias corrections.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    convention: Convention = "torch"
+    correct_bias: bool = True
+
+    elementwise: ClassVar[bool] = True
+    first_moment = "exp_avg"
+    second_moment = "exp_avg_sq"
+
+    def __post_init__(self) -> None:
+        check_betas(self.betas)
+        check_non_negative(eps=self.eps)
+        if self.convention not in _CONVENTIONS:
+            raise ValueError(f"convention={self.convention!r} is not known: use {', '.join(_CONVENTIONS)}")
+
+    @property
+    def decay(self) -> Literal["before", "after"]:  # type: ignore[override]
+        """Whether weight decay comes before or after the step."""
+        return "before" if self.convention == "torch" else "after"
+
+    def declare(self, layout: Layout) -> tuple[StateDeclaration, ...]:
+        """Two moments in the shape of the coordinates."""
+        return (
+            StateDeclaration("exp_avg", "first_moment"),
+            StateDeclaration("exp_avg_sq", "second_moment"),
+        )
+
+    @property
+    def momentum_weight(self) -> float:
+        """b1."""
+        return self.betas[0]
+
+    def momentum_correction(self, age: int) -> float:
+        """1 / (1 - b1^age)."""
+        return 1.0 / (1.0 - self.betas[0] ** age)
+
+    def variance_correction(self, age: int) -> float:
+        """1 / (1 - b2^age)."""
+        return 1.0 / (1.0 - self.betas[1] ** age)
+
+    def _scalars(self, age: int, lr: Rate) -> tuple[Rate, float]:
+        """Step size and effective eps at that age."""
+        if not self.correct_bias:
+            return lr, self.eps
+        root = math.sqrt(1.0 - self.betas[1] ** age)
+        eps = self.eps if self.convention == "hf" else self.eps * root
+        return lr * (root * self.momentum_correction(age)), eps
+
+    def update(self, coordinates: Tensor, state: dict[str, Any], age: int, lr: Rate, work: Workspace) -> Direction:
+        """See the class."""
+        step, eps = self._scalars(age, lr)
+        value = work.like(coordinates).zero_()
+        # A unit step on a zero weight is minus the direction itself: one fused pass over the moments.
+        moments = state["exp_avg"], state["exp_avg_sq"]
+        self._fused([value], [coordinates.contiguous()], [moments[0]], [moments[1]], -1.0, 0.0, eps)
+        return Direction(value, step)
+
+    def step_weights(
+        self,
+        weights: list[Tensor],
+        gradients: list[Tensor],
+        states: list[dict[str, Any]],
+        age: int,
+        lr: float,
+        weight_decay: float,
+    ) -> None:
+        """Update whole weights in place with one fused kernel call; all tensors share dtype and device."""
+        step, eps = self._scalars(age, lr)
+        shrink = lr * weight_decay
+        if self.decay == "after":
+            # (W - s N)(1 - d) = W (1 - d) - s (1 - d) N
+            step = step * (1.0 - shrink)
+        exp_avg = [state["exp_avg"] for state in states]
+        exp_avg_sq = [state["exp_avg_sq"] for state in states]
+        self._fused(weights, gradients, exp_avg, exp_avg_sq, float(step), shrink, eps)
+
+    def _fused(
+        self,
+        weights: list[Tensor],
+        gradients: list[Tensor],
+        exp_avg: list[Tensor],
+        exp_avg_sq: list[Tensor],
+        step: float,
+        shrink: float,
+        eps: float,
+    ) -> None:
+        # At an infinite step count the kernel's own bias corrections are exactly 1, which leaves the
+        # conventions to us. The kernel decays by lr * weight_decay before it steps.
+        endless = torch.full((), math.inf, device=weights[0].device)
+        torch._fused_adamw_(
+            weights,
+            gradients,
+            exp_avg,
+            exp_avg_sq,
+            [],
+            [endless] * len(weights),
+            lr=step,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            weight_decay=shrink / step if shrink else 0.0,
+            eps=eps,
+            amsgrad=False,
+            maximize=False,
+        )
+
+
+Start = Literal["zero", "gradient", "parameter"]
+
+
+@dataclass(frozen=True)
+class SGD(Inner):
+    """Stochastic gradient descent with (heavy-ball or Nesterov) momentum: `M <- momentum M + (1 - dampening) R`.
+
+    Args:
+        momentum: 0 keeps no state.
+        dampening: see above; not applied to the first gradient, as in torch.optim.SGD.
+        nesterov: step along `R + momentum M`.
+        start: "zero" is the usual first step `M = R`. The FRUGAL code starts the buffer as a copy of the first
+            gradient ("gradient": the first step is `(1 + momentum) R`), for unprojected tensors as a copy of
+            the weight ("parameter").
+    """
+
+    momentum: float = 0.0
+    dampening: float = 0.0
+    nesterov: bool = False
+    start: Start = "zero"
+
+    elementwise: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_non_negative(momentum=self.momentum, dampening=self.dampening)
+        if self.nesterov and (self.momentum == 0 or self.dampening != 0):
+            raise ValueError("nesterov=True needs momentum > 0 and dampening = 0")
+
+    @property
+    def first_moment(self) -> str | None:  # type: ignore[override]
+        """The momentum buffer, if there is one."""
+        return "momentum_buffer" if self.momentum else None
+
+    @property
+    def momentum_weight(self) -> float:
+        """The momentum."""
+        return self.momentum
+
+    def declare(self, layout: Layout) -> tuple[StateDeclaration, ...]:
+        """One buffer, or nothing without momentum."""
+        fill: float | Literal["parameter"] = "parameter" if self.start == "parameter" else 0.0
+        return (StateDeclaration("momentum_buffer", "first_moment", fill=fill),) if self.momentum else ()
+
+    def update(self, coordinates: Tensor, state: dict[str, Any], age: int, lr: Rate, work: Workspace) -> Direction:
+        """See the class."""
+        value = work.like(coordinates)
+        if not self.momentum:
+            return Direction(value.copy_(coordinates), lr)
+        buffer = state["momentum_buffer"]
+        if age == 1 and self.start != "parameter":
+            buffer.copy_(coordinates)
+            if self.start == "gradient":
+                buffer.mul_(self.momentum).add_(coordinates, alpha=1.0 - self.dampening)
+        else:
+            buffer.mul_(self.momentum).add_(coordinates, alpha=1.0 - self.dampening)
+        value.copy_(buffer)
+        if self.nesterov:
+            value.mul_(self.momentum).add_(coordinates)
+        return Direction(value, lr)
+
+
+@dataclass(frozen=True)
+class Lion(Inner):
+    """Lion (Chen et al., Symbolic Discovery of Optimization Algorithms, 2023, arXiv 2302.06675).
+
+        value = sign(b1 M + (1 - b1) R),  M <- b2 M + (1 - b2) R
+    """
+
+    betas: tuple[float, float] = (0.9, 0.99)
+
+    elementwise: ClassVar[bool] = True
+    first_moment = "exp_avg"
+
+    def __post_init__(self) -> None:
+        check_betas(self.betas)
+
+    @property
+    def momentum_weight(self) -> float:
+        """b2, the rate at which the moment forgets."""
+        return self.betas[1]
+
+    def momentum_correction(self, age: int) -> float:
+        """1 / (1 - b2^age)."""
+        return 1.0 / (1.0 - self.betas[1] ** age)
+
+    def declare(self, layout: Layout) -> tuple[StateDeclaration, ...]:
+        """One moment."""
+        return (StateDeclaration("exp_avg", "first_moment"),)
+
+    def update(self, coordinates: Tensor, state: dict[str, Any], age: int, lr: Rate, work: Workspace) -> Direction:
+        """See the class."""
+        moment = state["exp_avg"]
+        value = torch.mul(moment, self.betas[0], out=work.like(coordinates))
+        value.add_(coordinates, alpha=1.0 - self.betas[0]).sign_()
+        moment.mul_(self.betas[1]).add_(coordinates, alpha=1.0 - self.betas[1])
+        return Direction(value, lr)
+
+
+@dataclass(frozen=True)
+class AverageMomentum(Inner):
+    """Exponential moving average `M <- b M + (1 - b) R`, stepped along the new average (Flora's momentum).
+
+    Args:
+        beta: averaging rate.
+    """
+
+    beta: float = 0.9
+
+    elementwise: ClassVar[bool] = True
+    first_moment = "exp_avg"
+
+    def __post_init__(self) -> None:
+        check_betas((self.beta, 0.0))
+
+    @property
+    def momentum_weight(self) -> float:
+        """b."""
+        return self.beta
+
+    def declare(self, layout: Layout) -> tuple[StateDeclaration, ...]:
+        """One moment."""
+        return (StateDeclaration("exp_avg", "first_moment"),)
+
+    def update(self, coordinates: Tensor, state: dict[str, Any], age: int, lr: Rate, work: Workspace) -> Direction:
+        """See the class."""
+        moment = state["exp_avg"].lerp_(coordinates, 1.0 - self.beta)
+        return Direction(work.like(coordinates).copy_(moment), lr)
+
+
+@dataclass(frozen=True)
+class Adafactor(Inner):
+    """Adafactor (Shazeer, Stern 2018, arXiv 1804.04235) with a given learning rate, as GaLore runs it on coordinates.
+
+        b_t = 1 - t^decay_rate;  row, col <- EMA_{b_t} of the row and column means of R∘R + eps
+        u = R (row / mean(row))^-1/2 col^-1/2;  u <- u / max(1, rms(u) / clip_threshold);  u <- lr u
+        with beta1: m <- beta1 m + (1 - beta1) u, and m is the step (momentum is taken after the learning rate)
+
+    Vectors keep an unfactored second moment.
+
+    Args:
+        beta1: rate of the first moment; None keeps none.
+        eps: added to R∘R.
+        clip_threshold: largest root mean square of u.
+        decay_rate: negative exponent of the averaging rate.
+    """
+
+    beta1: float | None = None
+    eps: float = 1e-30
+    clip_threshold: float = 1.0
+    decay_rate: float = -0.8
+
+    def __post_init__(self) -> None:
+        if self.beta1 is not None:
+            check_betas((self.beta1, 0.0))
+        check_non_negative(eps=self.eps, clip_threshold=self.clip_threshold)
+
+    @property
+    def first_moment(self) -> str | None:  # type: ignore[override]
+        """The momentum, if there is one."""
+        return "exp_avg" if self.beta1 is not None else None
+
+    @property
+    def momentum_weight(self) -> float:
+        """beta1."""
+        return self.beta1 or 0.0
+
+    def momentum_correction(self, age: int) -> float:
+        """1 / (1 - beta1^age)."""
+        return 1.0 / (1.0 - self.momentum_weight**age)
+
+    def declare(self, layout: Layout) -> tuple[StateDeclaration, ...]:
+        """Row and column means (one full moment for vectors) and the optional first moment."""
+        first = () if self.beta1 is None else (StateDeclaration("exp_avg", "first_moment"),)
+        return (*first, *factored_declarations(len(layout.coordinates) >= 2, "coordinate"))
+
+    def update(self, coordinates: Tensor, state: dict[str, Any], age: int, lr: Rate, work: Workspace) -> Direction:
+        """See the class."""
+        value = factored_scaling(coordinates, state, age, self.decay_rate, self.eps, work.like(coordinates))
+        dims = (-2, -1) if "exp_avg_sq_row" in state else (-1,)
+        rms = value.square().mean(dims, keepdim=True).sqrt_()
+        value.mul_((rms / self.clip_threshold).clamp_(min=1.0).reciprocal_() * lr)
+        if self.beta1 is not None:
+            value.copy_(state["exp_avg"].lerp_(value, 1.0 - self.beta1))
+        return Direction(value, 1.0)
+
+
+def factored_declarations(is_matrix: bool, what: str) -> tuple[StateDeclaration, ...]:
+    """Declarations of a factored second moment of the coordinates or of the whole matrix (`what`)."""
+    if is_matrix:
+        return (
+            StateDeclaration("exp_avg_sq_row", "second_moment", f"{what}_rows"),
+            StateDeclaration("exp_avg_sq_col", "second_moment", f"{what}_columns"),
+        )
+    return (StateDeclaration("exp_avg_sq", "second_moment"),)
+
+
+def factored_scaling(
+    x: Tensor, state: dict[str, Any], age: int, decay_rate: float, eps: float, out: Tensor
+) -> Tensor:
+    """`x` divided by the root of Adafactor's (factored) second moment, whose averages are updated in place.
+
+    Args:
+        x: `(..., m, n)`, or any shape when the state holds an unfactored moment.
+        state: "exp_avg_sq_row" and "exp_avg_sq_col", or "exp_avg_sq".
+        age: 1-based step.
+        decay_rate: the averaging rate is `1 - age**decay_rate`.
+        eps: added to the squares.
+        out: result and scratch, same shape as `x`.
+    """
+    weight = float(age) ** decay_rate
+    squares = torch.mul(x, x, out=out).add_(eps)
+    if "exp_avg_sq" in state:
+        moment = state["exp_avg_sq"].lerp_(squares, weight)
+        return torch.rsqrt(moment, out=out).mul_(x)
+    row = state["exp_avg_sq_row"].lerp_(squares.mean(-1), weight)
+    col = state["exp_avg_sq_col"].lerp_(squares.mean(-2), weight)
+    row_factor = (row / row.mean(-1, keepdim=True)).rsqrt_().unsqueeze(-1)
+    return torch.mul(x, row_factor, out=out).mul_(col.rsqrt().unsqueeze(-2))

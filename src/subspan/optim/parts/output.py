@@ -1,0 +1,336 @@
+"""Output and remainder: how the full-size update is made, and what is done with the residual.
+
+Every published form is a case of one expression,
+
+    W <- decay W - lift(coordinates) - scale ∘ G - extra,
+
+where `scale` is a number or one factor per column or row of the gradient. The residual `G - lift(project(G))`
+times such a factor never has to be formed: factors per column commute with a lift from the left (and per row
+from the right), so its lifted half joins the coordinates before the one lift that is made anyway.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from subspan.optim.parts.inner import Direction, Inner, Rate, check_non_negative
+from subspan.optim.parts.workspace import Workspace
+from subspan.subspaces.bases import Subspace
+from subspan.subspaces.layout import Layout, StateDeclaration
+
+TINY = 1e-8
+
+
+@dataclass
+class Update:
+    """The terms of `W <- decay W - alpha lift(coordinates) - scale ∘ G - extra`; None means absent."""
+
+    coordinates: Tensor | None = None
+    alpha: Rate = 1.0
+    scale: Rate | None = None
+    extra: Tensor | None = None
+
+
+@dataclass
+class Scene:
+    """What outputs and remainders work on, for one bucket.
+
+    Args:
+        gradient: `(..., m, n)`, normalised and with error feedback added, if any.
+        coordinates: the projected gradient.
+        direction: what the inner optimizer made of it.
+        subspace: the subspace in force.
+        layout: shapes and side.
+        state: loaded state, updated in place.
+        inner: the inner optimizer.
+        lr: learning rate, a number or a tensor broadcastable to `(..., m, n)`.
+        momentum_loss: what the lifted first moment lost when the basis changed in this step, `(..., m, n)`.
+        work: scratch memory.
+    """
+
+    gradient: Tensor
+    coordinates: Tensor
+    direction: Direction
+    subspace: Subspace
+    layout: Layout
+    state: dict[str, Any]
+    inner: Inner
+    lr: Rate
+    momentum_loss: Tensor | None
+    work: Workspace
+
+
+class Remainder:
+    """Base: discard the residual (GaLore)."""
+
+    reads_momentum_loss: ClassVar[bool] = False
+    one_sided: ClassVar[bool] = False
+
+    def declare(self, layout: Layout) -> tuple[StateDeclaration, ...]:
+        """The state kept for a parameter of that layout."""
+        return ()
+
+    def join(self, scene: Scene, scale: float) -> Update:
+        """The update for a direction that is lifted with factor `scale`."""
+        return Update(scene.direction.value, scene.direction.step * scale)
+
+
+@dataclass(frozen=True)
+class Discard(Remainder):
+    """The residual is dropped (GaLore)."""
+
+
+@dataclass(frozen=True)
+class NormScaled(Remainder):
+    """The residual scaled as the inner optimizer scaled the coordinates (Fira, Chen et al. 2024, arXiv 2410.01623).
+
+        phi_j = ||N_j|| / (||R_j|| + 1e-8),  S = (G - a lift(R)) phi,  W <- W - step (scale lift(N) + S)
+
+    with one factor per column (left) or row (right). A limiter per matrix keeps the norm of S from growing by
+    more than `growth_limit` per step.
+
+    Args:
+        growth_limit: 1.01 in the paper; None for no limiter.
+        scaled: True subtracts `a = scale` times the projection, as the released code does; False
+            takes the plain residual `a = 1`, as the paper writes it.
+    """
+
+    growth_limit: float | None = 1.01
+    scaled: bool = True
+
+    one_sided: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_growth_limit(self.growth_limit)
+
+    def declare(self, layout: Layout) -> tuple[StateDeclaration, ...]:
+        """The limiter's last norm."""
+        return limiter_declaration(self.growth_limit)
+
+    def join(self, scene: Scene, scale: float) -> Update:
+        """See the class."""
+        share = scale if self.scaled else 1.0
+        factor = channel_factors(scene)
+        if self.growth_limit is not None:
+            energies = residual_energies(scene, share)
+            norm = (factor.square() * energies).sum((-2, -1)).sqrt_()
+            factor = factor * limit_growth(norm, scene.state, self.growth_limit)[..., None, None]
+        value = scene.direction.value.mul_(scale).addcmul_(scene.coordinates, factor, value=-share)
+        return Update(value, scene.direction.step, factor * scene.direction.step)
+
+
+@dataclass(frozen=True)
+class Stateless(Remainder):
+    """The residual takes a plain step of its own: `lr weight sign(E)` or `lr weight E`.
+
+    FRUGAL (Zmushko et al. 2024, arXiv 2411.07837) takes the sign. With "sgd" and `momentum_loss`, Flora's rule: the
+    raw gradient is averaged into the step, and the momentum that a new basis cannot hold still counts once.
+
+    Args:
+        rule: "sign" or "sgd".
+        weight: factor on the learning rate.
+        momentum_loss: factor on the momentum lost in this step's change of basis.
+    """
+
+    rule: Literal["sign", "sgd"] = "sign"
+    weight: float = 1.0
+    momentum_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.rule not in ("sign", "sgd"):
+            raise ValueError(f"rule={self.rule!r} must be sign or sgd")
+        check_non_negative(weight=self.weight, momentum_loss=self.momentum_loss)
+
+    @property
+    def reads_momentum_loss(self) -> bool:  # type: ignore[override]
+        """Whether the lost momentum is asked for."""
+        return self.momentum_loss > 0
+
+    def join(self, scene: Scene, scale: float) -> Update:
+        """See the class."""
+        rate = scene.lr * self.weight
+        if self.rule == "sign":
+            extra = scene.work.like(scene.gradient).copy_(scene.gradient)
+            scene.subspace.add_lift_(extra, scene.coordinates, alpha=-1.0)
+            return Update(scene.direction.value, scene.direction.step * scale, extra=extra.sign_().mul_(rate))
+        value = scene.direction.value.mul_(scene.direction.step * scale)
+        value.sub_(scene.coordinates * rate)
+        extra = None if scene.momentum_loss is None else scene.momentum_loss.mul_(scene.lr * self.momentum_loss)
+        return Update(value, 1.0, rate, extra)
+
+    def idle(self, gradient: Tensor, lr: float, work: Workspace) -> Update:
+        """The update of a tensor that has no state in this period: all of its gradient is residual."""
+        if self.rule == "sgd":
+            return Update(scale=lr * self.weight)
+        return Update(extra=work.like(gradient).copy_(gradient).sign_().mul_(lr * self.weight))
+
+
+@dataclass(frozen=True)
+class ErrorFeedback(Remainder):
+    """The residual is stored and added to the next gradient (LDAdam, Robert et al. 2024, arXiv 2410.16103).
+
+        E = A - lift(R) + b1 / (1 - b1) (lift_old(M_old) - lift_new(M_new)),  A = G + E_before
+
+    The last term is what the first moment lost in the change of basis. The buffer is a state of its own, so
+    `.grad` stays the user's: it may be cleared, clipped or averaged as usual.
+    """
+
+    reads_momentum_loss: ClassVar[bool] = True
+
+    def declare(self, layout: Layout) -> tuple[StateDeclaration, ...]:
+        """One full-size buffer."""
+        return (StateDeclaration("error", "error", "matrix"),)
+
+    def join(self, scene: Scene, scale: float) -> Update:
+        """See the class."""
+        error = scene.state["error"].copy_(scene.gradient)
+        scene.subspace.add_lift_(error, scene.coordinates, alpha=-1.0)
+        if scene.momentum_loss is not None:
+            weight = scene.inner.momentum_weight
+            error.add_(scene.momentum_loss, alpha=weight / (1.0 - weight))
+        return super().join(scene, scale)
+
+
+@dataclass(frozen=True)
+class Lift:
+    """The direction is lifted: `W <- W - step scale lift(N)`, plus what the remainder adds.
+
+    Args:
+        scale: GaLore's alpha.
+    """
+
+    scale: float = 1.0
+
+    lifts: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_non_negative(scale=self.scale)
+
+    def declare(self, layout: Layout) -> tuple[StateDeclaration, ...]:
+        """No state."""
+        return ()
+
+    def form(self, scene: Scene, remainder: Remainder) -> Update:
+        """The update of one bucket."""
+        return remainder.join(scene, self.scale)
+
+
+@dataclass(frozen=True)
+class RescaledGradient:
+    """The raw gradient, rescaled by what happened inside the subspace (APOLLO, Zhu et al. 2024, arXiv 2412.05270).
+
+        "channel": phi_j = ||N_j|| / (||R_j|| + 1e-8) per column (left) or row (right);  "tensor": ||N|| / (||R|| + 1e-8)
+        W <- W - step sqrt(scale) limited(G phi)
+
+    Args:
+        granularity: "channel" or "tensor".
+        scale: its square root multiplies the update.
+        growth_limit: as in `NormScaled`.
+        scale_front: apply `sqrt(scale)` before the limiter instead of after it.
+    """
+
+    granularity: Literal["channel", "tensor"] = "channel"
+    scale: float = 1.0
+    growth_limit: float | None = 1.01
+    scale_front: bool = False
+
+    lifts: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_non_negative(scale=self.scale)
+        check_growth_limit(self.growth_limit)
+        if self.granularity not in ("channel", "tensor"):
+            raise ValueError(f"scale_type={self.granularity!r} must be channel or tensor")
+
+    def declare(self, layout: Layout) -> tuple[StateDeclaration, ...]:
+        """The limiter's last norm."""
+        return limiter_declaration(self.growth_limit)
+
+    def form(self, scene: Scene, remainder: Remainder) -> Update:
+        """The update of one bucket."""
+        root = math.sqrt(self.scale)
+        if self.granularity == "tensor":
+            norms = [torch.linalg.matrix_norm(x, keepdim=True) for x in (scene.direction.value, scene.coordinates)]
+            factor = norms[0] / (norms[1] + TINY)
+        else:
+            factor = channel_factors(scene)
+        if self.growth_limit is not None:
+            front = root if self.scale_front else 1.0
+            energies = channel_energies(scene.gradient, scene.layout, scene.work)
+            norm = (factor.square() * energies).sum((-2, -1)).sqrt_().mul_(front)
+            factor = factor * limit_growth(norm, scene.state, self.growth_limit)[..., None, None]
+        return Update(scale=factor * (root * scene.direction.step))
+
+
+def check_growth_limit(limit: float | None) -> None:
+    """Refuse a limiter that would forbid a constant norm.
+
+    Raises:
+        ValueError: if `limit` is a number below 1.
+    """
+    if limit is not None and not limit >= 1.0:
+        raise ValueError(f"growth_limit={limit!r} must be at least 1, or None for no limiter")
+
+
+def limiter_declaration(limit: float | None) -> tuple[StateDeclaration, ...]:
+    """One norm per matrix; infinite before the first step, which therefore is never limited."""
+    return () if limit is None else (StateDeclaration("update_norm", "scalar", "scalar", fill=math.inf),)
+
+
+def limit_growth(norm: Tensor, state: dict[str, Any], limit: float) -> Tensor:
+    """The factor that keeps a norm from exceeding `limit` times the last one, which is updated in place.
+
+    A zero norm leaves the memory alone: after a zero gradient the next update would otherwise start from 1e-8.
+
+    Args:
+        norm: one per matrix.
+        state: holds "update_norm".
+        limit: largest growth per step.
+    """
+    last = state["update_norm"]
+    factor = (norm / (last + TINY)).clamp_(min=limit).reciprocal_().mul_(limit)
+    last.copy_(torch.where(norm > 0, norm * factor, last))
+    return factor
+
+
+def rank_axis(layout: Layout) -> int:
+    """The axis of the coordinates that runs over the basis."""
+    return -2 if layout.side == "left" else -1
+
+
+def channel_factors(scene: Scene) -> Tensor:
+    """How much the inner optimizer rescaled every column (left) or row (right), `(..., 1, n)` or `(..., m, 1)`."""
+    axis = rank_axis(scene.layout)
+    scaled = torch.linalg.vector_norm(scene.direction.value, dim=axis, keepdim=True)
+    return scaled / (torch.linalg.vector_norm(scene.coordinates, dim=axis, keepdim=True) + TINY)
+
+
+def channel_energies(gradient: Tensor, layout: Layout, work: Workspace) -> Tensor:
+    """Squared norm of every column (left) or row (right) of the gradient."""
+    squares = torch.mul(gradient, gradient, out=work.like(gradient))
+    return squares.sum(rank_axis(layout), keepdim=True)
+
+
+def residual_energies(scene: Scene, share: float) -> Tensor:
+    """Squared norm of every column or row of `G - share lift(R)`, without forming it.
+
+    `||G_j||^2 - 2 share ||R_j||^2 + share^2 ||lift(R)_j||^2`, where the last norm is that of the
+    coordinates for an orthonormal basis and is weighted with the r x r Gram matrix otherwise.
+    """
+    axis = rank_axis(scene.layout)
+    energies = channel_energies(scene.gradient, scene.layout, scene.work)
+    inside = scene.coordinates.square()
+    if not scene.subspace.orthonormal:
+        basis = scene.subspace.dense(inside.dtype)
+        assert isinstance(basis, Tensor)
+        gram = basis.mT @ basis
+        turned = gram @ scene.coordinates if axis == -2 else scene.coordinates @ gram
+        inside = share * share * (turned * scene.coordinates) - 2.0 * share * inside
+    else:
+        inside = (share * share - 2.0 * share) * inside
+    return (energies + inside.sum(axis, keepdim=True)).clamp_(min=0.0)

@@ -1,0 +1,133 @@
+"""FRUGAL: a stateful optimizer on a small part of the gradient, a stateless one on all the rest."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from subspan.optim.composition import Composition
+from subspan.optim.parts.activity import Blocks
+from subspan.optim.parts.inner import SGD, Adam, Inner, Lion
+from subspan.optim.parts.output import Discard, Lift, Stateless
+from subspan.optim.parts.refresh import Every
+from subspan.optim.parts.transport import Keep, Reset
+from subspan.optim.registry import recipe
+from subspan.subspaces.finders import (
+    SVD,
+    Finder,
+    RandomCoordinates,
+    RandomOrthogonal,
+    resolve_finder,
+)
+
+_RULES = {"sign_sgd": "sign", "sgd": "sgd", "no": None}
+_CHOICES = ("block", "svd", "random", "randperm", "columns", "rows", "randk")
+
+
+@recipe(
+    "frugal",
+    paper="Zmushko et al.: FRUGAL: Memory-Efficient Optimization by Reducing State Overhead for Scalable Training, 2024, "
+    "arXiv 2411.07837",
+    lr=1e-3,
+    memory="2 density mn (blocks, columns, rows, randk); round(density m) (m + 2n) (svd, random)",
+    evidence=(
+        "record: frugal_galore_{svd_sign,svd_sgd,svd_sgdm,baseline,random_sign,randperm_sign}, "
+        "frugal_coord_{columns,rows,randk,columns_lion}, frugal_block_{random,ascending,descending}",
+        "limit: density 1 is the inner optimizer; density 0 keeps no state",
+    ),
+    departures=(
+        "Random choices derive from `seed`, the parameter and the step, not from the global generator.",
+        "official_momentum_start=True starts SGD's buffer from a copy of the first gradient (of the weight, for "
+        "unprojected tensors and blocks), as the code does.",
+        "A refresh looks at every parameter's own counter; the code reads the first one's of the group.",
+    ),
+)
+def FRUGAL(
+    *,
+    density: float = 0.25,
+    update_gap: int = 200,
+    projection: str = "block",
+    block_order: str = "random",
+    proj_type: str = "std",
+    inner: str = "adamw",
+    betas: tuple[float, float] | None = None,
+    eps: float = 1e-8,
+    momentum: float = 0.0,
+    inactive_update_rule: str = "sign_sgd",
+    inactive_lr_scale: float = 1.0,
+    proj_params_lr_scale: float = 1.0,
+    reset_statistics: bool = True,
+    official_momentum_start: bool = False,
+    finder: str | Finder | None = None,
+) -> Composition:
+    """Adam, Lion or SGD on a share of the gradient that changes every gap; signSGD on everything left, in the same step.
+
+    Args:
+        density: share of the gradient (of the smaller dimension, of columns, rows, entries, or tensors) with state.
+        update_gap: steps between changes of that share.
+        projection: "block" (whole tensors), "svd", "random" (orthonormal), "randperm" (coordinates of the smaller
+            dimension), "columns", "rows" or "randk" (entries).
+        block_order: "random", "ascending", "descending" or "mirror" (block).
+        proj_type: std, reverse_std, left, right or full (svd, random, randperm).
+        inner: "adamw", "lion" or "sgd".
+        betas: averaging rates; None: (0.9, 0.999) for adamw, (0.9, 0.99) for lion.
+        eps: added to the root of the second moment after the bias correction (adamw).
+        momentum: of SGD.
+        inactive_update_rule: "sign_sgd", "sgd", or "no" for the rest of the gradient.
+        inactive_lr_scale: learning rate of that rule relative to `lr`.
+        proj_params_lr_scale: factor on the learning rate of everything projected.
+        reset_statistics: restart the moments at a change; False keeps them as they are.
+        official_momentum_start: see the departures.
+        finder: replaces the projection's own finder.
+    """
+    if inactive_update_rule not in _RULES:
+        raise ValueError(f"inactive_update_rule={inactive_update_rule!r} must be one of {', '.join(_RULES)}")
+    if projection not in _CHOICES:
+        raise ValueError(f"projection={projection!r} must be one of {', '.join(_CHOICES)}")
+    rule = _RULES[inactive_update_rule]
+    core, plain = _inner(inner, betas, eps, momentum, official_momentum_start, projection == "block")
+    common = Composition(
+        inner=core,
+        plain=plain,
+        transport=Reset() if reset_statistics else Keep(),
+        output=Lift(1.0),
+        lr_scale=proj_params_lr_scale,
+        activity=Blocks(density, update_gap, block_order) if projection == "block" else None,  # type: ignore[arg-type]
+        remainder=Discard() if rule is None or projection != "block" else Stateless(rule, inactive_lr_scale),  # type: ignore[arg-type]
+    )
+    if projection == "block":
+        return common
+    default: Finder = RandomCoordinates()
+    if projection in ("svd", "random"):
+        default = SVD() if projection == "svd" else RandomOrthogonal()
+    sides = {"columns": "right", "rows": "left", "randk": "entries"}
+    return replace(
+        common,
+        finder=resolve_finder(default if finder is None else finder, default),
+        rank=float(density),
+        proj_type=sides.get(projection, proj_type),
+        refresh=Every(update_gap),
+        remainder=Discard() if rule is None else Stateless(rule, inactive_lr_scale),  # type: ignore[arg-type]
+    )
+
+
+def _inner(
+    inner: str,
+    betas: tuple[float, float] | None,
+    eps: float,
+    momentum: float,
+    official_start: bool,
+    blocks: bool,
+) -> tuple[Inner, Inner]:
+    if inner == "adamw":
+        adam = Adam(betas or (0.9, 0.999), eps)
+        return adam, adam
+    if inner == "lion":
+        lion = Lion(betas or (0.9, 0.99))
+        return lion, lion
+    if inner == "sgd":
+        sgd = SGD(momentum)
+        if not official_start:
+            return sgd, sgd
+        whole = replace(sgd, start="parameter")
+        return whole if blocks else replace(sgd, start="gradient"), whole
+    raise ValueError(f"inner={inner!r} is not known: use adamw, lion or sgd")

@@ -1,0 +1,424 @@
+"""Finders: where a subspace comes from.
+
+A finder is a small frozen object. It says which kind of basis it produces (`form`), from which the state
+that holds the basis follows, and estimates a subspace from a gradient, the moments, a seed or nothing.
+All finders work on batches `(..., m, n)`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from subspan import linalg
+from subspan.subspaces.bases import (
+    Coordinates,
+    Dense,
+    Entries,
+    Seeded,
+    Subspace,
+    TwoSided,
+)
+from subspan.subspaces.geometry import align_signs
+from subspan.subspaces.layout import Layout, StateDeclaration
+
+State = dict[str, Any]
+Form = Literal["dense", "gaussian", "seeded", "coordinates"]
+
+
+@dataclass
+class Sight:
+    """What a finder may look at during a refresh of one bucket.
+
+    Args:
+        gradient: `(..., m, n)`, in compute precision, error feedback included.
+        layout: layout shared by the bucket (shapes, side, rank).
+        layouts: one layout per parameter of the bucket, for names and positions.
+        previous: the subspace in force until now; None at the first refresh.
+        momentum: the first moment lifted to `(..., m, n)` with its bias corrected; only for finders
+            that set `reads_momentum`, and None at the first refresh.
+        seeds: one seed per parameter, different at every refresh.
+        state: the stored values of the bucket ("seed" as a list with one entry per parameter).
+        step: the parameter's step, 1-based.
+    """
+
+    gradient: Tensor
+    layout: Layout
+    layouts: Sequence[Layout]
+    previous: Subspace | None
+    momentum: Tensor | None
+    seeds: Sequence[int]
+    state: State
+    step: int
+
+    def draw(self, sample: Callable[[int], Tensor]) -> Tensor:
+        """Call `sample(seed)` for every matrix and stack the results to the gradient's leading dimensions."""
+        drawn = torch.stack([sample(seed) for seed in matrix_seeds(self.seeds, self.layout)])
+        return drawn.view(*self.gradient.shape[:-2], *drawn.shape[1:]).to(self.gradient.device)
+
+
+def matrix_seeds(seeds: Sequence[int], layout: Layout) -> tuple[int, ...]:
+    """One seed per matrix: the parameter's own, or derived ones for the matrices of a stacked parameter."""
+    count = math.prod(layout.view[:-2])
+    if len(layout.view) == 2:
+        return tuple(seeds)
+    return tuple(linalg.derive_seed(seed, number) for seed in seeds for number in range(count))
+
+
+def _non_negative(name: str, value: int) -> None:
+    if not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name}={value!r} must be an integer of at least 0")
+
+
+@dataclass(frozen=True)
+class Finder:
+    """Base of all finders. Subclasses set the class attributes and implement `find`."""
+
+    form = "dense"
+    reads_gradient = True
+    reads_momentum = False
+    supports_both_sides = True
+
+    def find(self, sight: Sight) -> Subspace:
+        """The new subspace for the bucket that `sight` shows."""
+        raise TypeError(f"{type(self).__name__} does not define find()")
+
+    def declare(self, layout: Layout) -> tuple[StateDeclaration, ...]:
+        """The state that holds this finder's basis for a parameter of that layout."""
+        if self.form == "seeded":
+            return ()
+        if self.form == "coordinates":
+            # Entry numbers of one matrix fit in 31 bits; int32 halves what rand-K has to remember.
+            return (StateDeclaration("index", "basis", "index", dtype=torch.int32),)
+        if layout.side == "both":
+            return (
+                StateDeclaration("basis_left", "basis", "basis_left"),
+                StateDeclaration("basis_right", "basis", "basis_right"),
+            )
+        return (StateDeclaration("basis", "basis", "basis"),)
+
+    def pack(self, subspace: Subspace) -> State:
+        """The values to store for a subspace that `find` returned."""
+        if self.form == "seeded":
+            return {}
+        if isinstance(subspace, Coordinates | Entries):
+            return {"index": subspace.index}
+        if isinstance(subspace, TwoSided):
+            return {"basis_left": subspace.left, "basis_right": subspace.right}
+        if isinstance(subspace, Dense):
+            return {"basis": subspace.basis}
+        raise TypeError(f"a finder cannot return a subspace of kind {type(subspace).__name__}")
+
+    def unpack(self, state: State, layout: Layout, dtype: torch.dtype, device: torch.device) -> Subspace:
+        """The subspace that the stored values of a bucket describe."""
+        side = layout.side
+        if self.form == "seeded":
+            return self._seeded(state["seed"], layout, dtype, device)
+        if self.form == "coordinates":
+            index = state["index"].long()
+            if side == "entries":
+                return Entries(index, layout.view[-2:])
+            return Coordinates(side, index, layout.view[-2 if side == "left" else -1])
+        if side == "both":
+            return TwoSided(state["basis_left"], state["basis_right"])
+        return Dense(side, state["basis"], orthonormal=self.form == "dense")
+
+    def _seeded(
+        self, seeds: Sequence[int], layout: Layout, dtype: torch.dtype, device: torch.device
+    ) -> Subspace:
+        raise TypeError(f"{type(self).__name__} has no seeded basis")
+
+    def _each_side(self, sight: Sight, basis: Callable[[str], Tensor]) -> Subspace:
+        """A dense subspace from a function of the side, signs aligned with the previous basis.
+
+        Singular vectors have no sign of their own. Alignment makes the result independent of the one that
+        the linear algebra library happens to return, so moments that are kept over a refresh are not
+        mirrored at random.
+        """
+        side = sight.layout.side
+        if side == "both":
+            left, right = basis("left"), basis("right")
+            if isinstance(sight.previous, TwoSided):
+                left = align_signs(left, sight.previous.left)
+                right = align_signs(right, sight.previous.right)
+            return TwoSided(left, right)
+        found = basis(side)  # type: ignore[arg-type]
+        if isinstance(sight.previous, Dense):
+            found = align_signs(found, sight.previous.basis)
+        return Dense(side, found)
+
+
+@dataclass(frozen=True)
+class SVD(Finder):
+    """The leading singular vectors of the gradient, exactly (GaLore, Zhao et al. 2024, arXiv 2403.03507)."""
+
+    def find(self, sight: Sight) -> Subspace:
+        rank = sight.layout.rank
+        if sight.layout.side == "both":
+            bases = dict(zip(("left", "right"), linalg.top_bases(sight.gradient, rank), strict=True))
+            return self._each_side(sight, bases.__getitem__)
+        return self._each_side(
+            sight, lambda side: linalg.top_basis(sight.gradient, rank, side=side, method="svd")
+        )
+
+
+@dataclass(frozen=True)
+class RandomizedSVD(Finder):
+    """Leading singular vectors by randomised subspace iteration, warm-started from the previous basis.
+
+    Halko, Martinsson, Tropp: Finding structure with randomness, 2011, arXiv 0909.4061. The first refresh starts
+    from a Gaussian sketch, later ones from the previous basis completed by `oversampling` fresh Gaussian
+    columns, so that directions the old basis does not see can enter.
+
+    Args:
+        oversampling: extra sketch columns.
+        power_iterations: passes over the gradient beyond the first.
+    """
+
+    oversampling: int = 8
+    power_iterations: int = 1
+
+    def __post_init__(self) -> None:
+        _non_negative("oversampling", self.oversampling)
+        _non_negative("power_iterations", self.power_iterations)
+
+    def find(self, sight: Sight) -> Subspace:
+        *_, m, n = sight.gradient.shape
+        rank = sight.layout.rank
+
+        def basis(side: str) -> Tensor:
+            d = m if side == "left" else n
+            previous = _basis_of(sight.previous, side)
+            extra = min(self.oversampling, min(m, n) - rank)
+            columns = extra if previous is not None else rank + extra
+            sketch = sight.draw(lambda seed: linalg.gaussian(seed, (d, columns), sight.gradient.dtype))
+            if previous is not None:
+                # Unit-norm columns, so that the fresh directions weigh as much as the old ones.
+                sketch = torch.cat([previous.to(sketch.dtype), sketch / d**0.5], dim=-1)
+            return linalg.sketched_basis(
+                sight.gradient, rank, side=side, sketch=sketch, power_iterations=self.power_iterations
+            )
+
+        return self._each_side(sight, basis)
+
+
+@dataclass(frozen=True)
+class WarmPowerIteration(Finder):
+    """One step of block power iteration from the previous basis, followed by QR (LDAdam).
+
+    Robert et al.: LDAdam: Adaptive Optimization from Low-Dimensional Gradient Statistics, 2024, arXiv 2410.16103.
+    The matrix that is iterated on blends the lifted first moment with the gradient:
+    `b = blend * momentum + (1 - blend) * gradient`; left: `Q = orth(b (b^T Q_old))`. The first basis is exact.
+
+    Args:
+        blend: weight of the momentum, in [0, 1).
+        exact: take the leading singular vectors of `b` instead of iterating.
+    """
+
+    blend: float = 0.908
+    exact: bool = False
+    reads_momentum = True
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.blend < 1.0:
+            raise ValueError(f"blend={self.blend!r} must lie in [0, 1)")
+
+    def find(self, sight: Sight) -> Subspace:
+        rank = sight.layout.rank
+        blended = sight.gradient
+        if sight.momentum is not None:
+            blended = torch.lerp(sight.gradient, sight.momentum, self.blend)
+
+        def basis(side: str) -> Tensor:
+            previous = _basis_of(sight.previous, side)
+            if previous is None or self.exact:
+                return linalg.top_basis(blended, rank, side=side)
+            matrix = blended if side == "left" else blended.mT
+            return linalg.orthonormalise(matrix @ (matrix.mT @ previous.to(matrix.dtype)))
+
+        side = sight.layout.side
+        if side == "both":
+            return TwoSided(basis("left"), basis("right"))
+        return Dense(side, basis(side))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class RandomOrthogonal(Finder):
+    """A fresh random orthonormal basis at every refresh."""
+
+    reads_gradient = False
+
+    def find(self, sight: Sight) -> Subspace:
+        rank, dtype = sight.layout.rank, sight.gradient.dtype
+
+        def sample(size: int) -> Tensor:
+            return sight.draw(lambda seed: linalg.random_orthogonal(seed, size, rank, dtype=dtype))
+
+        *_, m, n = sight.gradient.shape
+        side = sight.layout.side
+        if side == "both":
+            return TwoSided(sample(m), sample(n))
+        return Dense(side, sample(m if side == "left" else n))
+
+
+@dataclass(frozen=True)
+class RandomCoordinates(Finder):
+    """Randomly chosen rows (left), columns (right) or entries, without replacement (FRUGAL)."""
+
+    form = "coordinates"
+    reads_gradient = False
+    supports_both_sides = False
+
+    def find(self, sight: Sight) -> Subspace:
+        *_, m, n = sight.gradient.shape
+        side = sight.layout.side
+        size = {"left": m, "right": n, "entries": m * n}[side]  # type: ignore[index]
+        index = sight.draw(lambda seed: linalg.random_coordinates(seed, size, sight.layout.rank))
+        if side == "entries":
+            return Entries(index, (m, n))
+        return Coordinates(side, index, size)
+
+
+@dataclass(frozen=True)
+class SeededGaussian(Finder):
+    """A Gaussian matrix with entries N(0, 1/r), drawn from a seed whenever it is needed and never stored.
+
+    Flora (Hao, Cao, Mou 2024, arXiv 2402.03293) and APOLLO (Zhu et al. 2024, arXiv 2412.05270). The first basis
+    uses the parameter's own seed, every refresh advances it by `linalg.next_seed`. Numbers are
+    always drawn on the CPU, so a checkpoint means the same on every device.
+
+    Args:
+        split: draw from one of two seeds derived from the parameter's seed, one per side, as Flora does.
+    """
+
+    form = "seeded"
+    split: bool = False
+    reads_gradient = False
+    supports_both_sides = False
+
+    def find(self, sight: Sight) -> Subspace:
+        seeds = list(sight.state["seed"])
+        if sight.previous is not None:
+            seeds = [linalg.next_seed(seed) for seed in seeds]
+        sight.state["seed"] = seeds
+        return self._seeded(seeds, sight.layout, sight.gradient.dtype, sight.gradient.device)
+
+    def _seeded(
+        self, seeds: Sequence[int], layout: Layout, dtype: torch.dtype, device: torch.device
+    ) -> Subspace:
+        side = layout.side
+        assert side in ("left", "right")
+        if self.split:
+            seeds = [linalg.split_seed(seed)[0 if side == "left" else 1] for seed in seeds]
+        size = layout.view[-2 if side == "left" else -1]
+        # The order of the published draws: Flora's left and APOLLO's right basis are drawn transposed.
+        rows = (side == "left") == self.split
+        drawn = Seeded(
+            side,
+            size,
+            layout.rank,
+            matrix_seeds(seeds, layout),
+            dtype,
+            device,
+            "gaussian_rows" if rows else "gaussian",
+            lead=layout.view[:-2],
+        ).dense()
+        return Dense(side, drawn[0] if len(seeds) == 1 else drawn, orthonormal=False)
+
+
+@dataclass(frozen=True)
+class Replay(Finder):
+    """Hands out given bases by parameter and step, so that any recipe can be checked against a recording.
+
+    Args:
+        bases: `{parameter name or position: {step: basis}}`. A basis is a `(d, r)` matrix or its transpose, a pair
+            of them for both sides, an index vector for chosen coordinates, or a pair (rows, columns)
+            of index vectors for chosen entries. The latest recorded step not after the current one counts.
+        like: the finder whose form of basis is replayed; recipes fill in their own.
+
+    Raises:
+        KeyError: at a refresh, if nothing is recorded for the parameter up to that step.
+    """
+
+    bases: Mapping[str | int, Mapping[int, Any]] = field(repr=False)
+    like: Finder | None = None
+    reads_gradient = False
+
+    @property
+    def form(self) -> Form:  # type: ignore[override]
+        """The replayed finder's form; a seeded basis has to be stored to be replayed."""
+        form = "dense" if self.like is None else self.like.form
+        return "gaussian" if form == "seeded" else form  # type: ignore[return-value]
+
+    def find(self, sight: Sight) -> Subspace:
+        recorded = [self._recorded(layout, sight.step) for layout in sight.layouts]
+        side, view = sight.layout.side, sight.layout.view
+        m, n = view[-2:]
+
+        def stacked(values: list[Tensor]) -> Tensor:
+            single = sight.gradient.dim() == len(view)
+            return (values[0] if single else torch.stack(values)).to(sight.gradient.device)
+
+        def columns(values: list[Any], d: int) -> Tensor:
+            turned = [value if value.shape[-2] == d else value.mT for value in values]
+            return stacked([value.to(sight.gradient.dtype).contiguous() for value in turned])
+
+        if self.form == "coordinates":
+            if side == "entries":
+                flat = [rows.long() * n + cols.long() for rows, cols in recorded]
+                return Entries(stacked(flat), (m, n))
+            size = m if side == "left" else n
+            return Coordinates(side, stacked([value.long() for value in recorded]), size)
+        if side == "both":
+            left, right = zip(*recorded, strict=True)
+            return TwoSided(columns(list(left), m), columns(list(right), n))
+        basis = columns(recorded, m if side == "left" else n)
+        return Dense(side, basis, orthonormal=self.form == "dense")
+
+    def _recorded(self, layout: Layout, step: int) -> Any:
+        key = layout.name if layout.name in self.bases else layout.index
+        steps = [at for at in self.bases.get(key, {}) if at <= step]
+        if not steps:
+            raise KeyError(f"Replay holds no basis for parameter {layout.name!r} at step {step}")
+        return self.bases[key][max(steps)]
+
+
+FINDERS: dict[str, Finder] = {
+    "svd": SVD(),
+    "randomized": RandomizedSVD(),
+    "power": WarmPowerIteration(),
+    "orthogonal": RandomOrthogonal(),
+    "coordinates": RandomCoordinates(),
+    "gaussian": SeededGaussian(),
+}
+
+
+def resolve_finder(finder: str | Finder, default: Finder) -> Finder:
+    """The finder that a recipe's `finder=` names or is; a `Replay` takes the form of the recipe's default.
+
+    Raises:
+        ValueError: if the name is unknown.
+        TypeError: if it is neither a name nor a finder.
+    """
+    if isinstance(finder, Replay) and finder.like is None:
+        return Replay(finder.bases, like=default)
+    if isinstance(finder, Finder):
+        return finder
+    if not isinstance(finder, str):
+        raise TypeError(f"finder={finder!r} must be a name ({', '.join(FINDERS)}) or a Finder")
+    if finder not in FINDERS:
+        raise ValueError(f"finder={finder!r} is not known: use one of {', '.join(FINDERS)}, or a Finder")
+    named = FINDERS[finder]
+    return default if type(named) is type(default) else named
+
+
+def _basis_of(subspace: Subspace | None, side: str) -> Tensor | None:
+    if isinstance(subspace, TwoSided):
+        return subspace.left if side == "left" else subspace.right
+    return subspace.basis if isinstance(subspace, Dense) else None
+
