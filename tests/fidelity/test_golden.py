@@ -70,7 +70,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "frugal_galore_random_sign": ("frugal", {**FRUGAL, "projection": "random"}),
     "frugal_galore_randperm_sign": ("frugal", {**FRUGAL, "projection": "random"}),
     "frugal_coord_columns": ("frugal", {**FRUGAL, "projection": "columns"}),
-    "frugal_coord_columns_lion": ("frugal", {**FRUGAL, "projection": "columns", "inner": "lion", "lr": 1e-3}),
+    "frugal_coord_columns_lion": ("frugal", {**FRUGAL, "projection": "columns", "inner": "lion", "betas": (0.9, 0.99), "lr": 1e-3}),
     "frugal_coord_rows": ("frugal", {**FRUGAL, "projection": "rows", "inactive_lr_scale": 0.1}),
     "frugal_coord_randk": ("frugal", {**FRUGAL, "projection": "randk"}),
     "frugal_block_ascending": ("frugal", {"block_order": "ascending", **BLOCK}),

@@ -41,9 +41,8 @@ def orthonormal(seed: int, *shape: int) -> Tensor:
 
 def distinct(seed: int, batch: tuple[int, ...], size: int, rank: int) -> Tensor:
     """Distinct indices in no particular order."""
-    return torch.rand((*batch, size), generator=torch.Generator().manual_seed(seed)).argsort(-1)[
-        ..., :rank
-    ]
+    draw = torch.rand((*batch, size), generator=torch.Generator().manual_seed(seed))
+    return draw.argsort(-1)[..., :rank].clone()
 
 
 Maker = Callable[[int, tuple[int, ...], int, int, int], Subspace]

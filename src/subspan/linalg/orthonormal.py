@@ -43,8 +43,7 @@ def orthonormalise(x: Tensor) -> Tensor:
         return work.clone()
     # Columns of equal size: Gram entries of tiny gradients would underflow, and the Cholesky factor
     # of a badly scaled Gram matrix loses digits for no reason.
-    largest = torch.linalg.vector_norm(work, ord=torch.inf, dim=-2, keepdim=True)
-    work = work / torch.where(largest > 0, largest, 1.0)
+    work = work / divisor(work.abs().amax(-2, keepdim=True))
 
     gram = work.mT @ work
     factor, info = torch.linalg.cholesky_ex(gram)
@@ -63,6 +62,12 @@ def orthonormalise(x: Tensor) -> Tensor:
         basis = basis.contiguous()
         basis[~good] = householder_basis(work[~good])
     return basis
+
+
+def divisor(magnitude: Tensor) -> Tensor:
+    """`magnitude` >= 0 made safe to divide by: 1 instead of 0, and with a finite inverse."""
+    safe = torch.where(magnitude > 0, magnitude, 1.0)
+    return safe.clamp(min=torch.finfo(magnitude.dtype).tiny)
 
 
 def householder_basis(x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@
     optimizer = subspan.optim.for_model(model, method="fira", lr=0.01, rank=128)
 """
 
+from subspan.optim.composition import Composition
 from subspan.optim.engine import SubspaceOptimizer
 from subspan.optim.model import for_model
 from subspan.optim.recipes import (
@@ -16,7 +17,7 @@ from subspan.optim.recipes import (
     GaLore,
     LDAdam,
 )
-from subspan.optim.registry import Recipe, build, lookup, methods, recipe
+from subspan.optim.registry import Composed, Recipe, build, lookup, methods, recipe
 from subspan.optim.selection import param_groups_for_model
 
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     "FRUGAL",
     "APOLLOMini",
     "AdamW",
+    "Composed",
+    "Composition",
     "Fira",
     "Flora",
     "GaLore",

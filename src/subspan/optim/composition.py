@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from subspan.optim.parts.activity import Blocks
@@ -108,8 +109,15 @@ class Composition:
             found.append("clip_rms rescales the whole update and cannot be combined with remainder Stateless('sign')")
         return found
 
-    def without_subspace(self) -> Composition:
-        """The composition for parameters that are not projected: the same inner optimizer, plainly."""
+    def parts_for(self, layout: Layout) -> Composition:
+        """The composition that updates a parameter of that layout."""
+        if layout.projected:
+            return self
+        return self.plain_matrices if len(layout.natural) >= 2 else self.plain_vectors
+
+    @cached_property
+    def plain_matrices(self) -> Composition:
+        """The composition for matrices that are not projected: the same inner optimizer, plainly."""
         return replace(
             self,
             inner=self.plain or self.inner,
@@ -121,6 +129,11 @@ class Composition:
             activity=None,
             lr_scale=1.0,
         )
+
+    @cached_property
+    def plain_vectors(self) -> Composition:
+        """The same for vectors and scalars, which inner optimizers of matrices hand to their fallback."""
+        return replace(self.plain_matrices, inner=self.plain_matrices.inner.fallback())
 
     def declarations(self, layout: Layout) -> tuple[StateDeclaration, ...]:
         """All state that a parameter of that layout keeps, in a fixed order."""
@@ -146,12 +159,17 @@ class Composition:
         return self.remainder.reads_momentum_loss and self.inner.first_moment is not None
 
     def describe(self) -> dict[str, str]:
-        """Part name -> its setting in words, for listings."""
-        shown = {}
+        """Part -> its setting in words, for listings; parts that do nothing are left out."""
+        shown: dict[str, str] = {}
         for item in fields(self):
             value: Any = getattr(self, item.name)
-            if value is not None and value != item.default:
+            idle = isinstance(value, (Discard, Storage)) or value is None
+            numeric = item.name in ("rank", "proj_type", "tie", "lr_scale")
+            if not idle and not numeric and not (item.name == "plain" and value == self.inner):
                 shown[item.name] = repr(value)
+        if self.finder is None:
+            for name in ("refresh", "transport", "output"):
+                shown.pop(name, None)
         return shown
 
 

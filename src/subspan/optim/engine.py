@@ -106,7 +106,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     ) -> bool:
         has_subspace = composition.finder is not None or composition.activity is not None
         unwanted = group["project"] is False or group.get("rank", 0) is None
-        if not has_subspace or unwanted or parameter.dim() < 2:
+        if not has_subspace or unwanted or parameter.dim() < 2 or parameter.numel() == 0:
             return False
         if not explicit and name is not None and not is_projected_by_name(name):
             return False
@@ -127,8 +127,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         natural = tuple(torch.view_as_real(parameter).shape if parameter.is_complex() else parameter.shape)
         label = name if name is not None else str(index)
         if not projected:
-            if composition.without_subspace().elementwise:
-                return Layout(index, label, natural, natural)
+            plain = Layout(index, label, natural, natural)
+            if composition.parts_for(plain).elementwise:
+                return plain
             view = matrix_view(natural, stacked=group["stacked"]) if natural else (1,)
             return Layout(index, label, natural, view)
         view = matrix_view(natural, stacked=group["stacked"])
@@ -162,9 +163,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         for parameter in group["params"]:
             old = self._layouts[parameter]
             layout = self._lay_out(group, new, parameter, old.name, old.projected)
-            before, after = (
-                (part if old.projected else part.without_subspace()) for part in (composition, new)
-            )
+            before, after = composition.parts_for(old), new.parts_for(layout)
             same_state = before.declarations(old) == after.declarations(layout)
             if layout != old or not same_state or composition.storage != new.storage:
                 changed = [
@@ -206,8 +205,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         work = Workspace()
         largest = max((layout.natural_size for layout in self._layouts.values()), default=0)
         for group, parts in zip(self.param_groups, compositions, strict=True):
-            plain = parts.without_subspace()
-            for bucket in self._plain_buckets(group, plain):
+            for bucket, plain in self._plain_buckets(group, parts):
                 self._update(bucket, plain, group, work)
             active, idle = self._activity(group, parts)
             for bucket in self._buckets(active, group, parts, largest):
@@ -360,29 +358,31 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             return False
         return True
 
-    def _plain_buckets(self, group: dict[str, Any], parts: Composition) -> Iterator[Bucket]:
+    def _plain_buckets(
+        self, group: dict[str, Any], composition: Composition
+    ) -> Iterator[tuple[Bucket, Composition]]:
         """Buckets of the unprojected parameters; those that one fused kernel can update are updated here."""
         fused: dict[tuple[Any, ...], list[Tensor]] = {}
         for parameter in group["params"]:
             layout = self._layouts[parameter]
             if parameter.grad is None or layout.projected:
                 continue
+            parts = composition.parts_for(layout)
             state = self._state_of(parameter, parts, group)
             weight, gradient = _real(parameter), _real(parameter.grad)
             bucket = Bucket([weight], [gradient], [state], [layout], state["step"] + 1, state["step"] + 1)
             if isinstance(parts.inner, Adam) and parts.elementwise and _is_native(bucket):
-                fused.setdefault((weight.dtype, weight.device, state["step"]), []).append(parameter)
+                key = (parts.inner, weight.dtype, weight.device, state["step"])
+                fused.setdefault(key, []).append(parameter)
             elif parts.elementwise:
-                steps = state["step"] + 1
                 for piece in pieces(bucket, PIECE):
-                    yield piece
-                state["step"] = steps
+                    yield piece, parts
+                state["step"] = bucket.step
             else:
-                yield bucket
-        for (_, _, step), parameters in fused.items():
+                yield bucket, parts
+        for (inner, _, _, step), parameters in fused.items():
             states = [self.state[parameter] for parameter in parameters]
-            assert isinstance(parts.inner, Adam)
-            parts.inner.step_weights(
+            inner.step_weights(
                 [_real(parameter) for parameter in parameters],
                 [_real(parameter.grad) for parameter in parameters],  # type: ignore[arg-type]
                 states,
@@ -492,8 +492,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     def parts_of(self, parameter: Tensor) -> Composition:
         """The composition that updates a parameter."""
-        parts = self.composition(self._positions[parameter])
-        return parts if self._layouts[parameter].projected else parts.without_subspace()
+        return self.composition(self._positions[parameter]).parts_for(self._layouts[parameter])
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's, with plain tensors, numbers and text only: loads with `weights_only=True`."""

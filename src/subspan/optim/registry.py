@@ -146,23 +146,56 @@ def recipe(
         entry = Recipe(
             name, function.__name__, paper, function, defaults, tuple(own), memory, evidence, departures
         )
-
-        def construct(self: SubspaceOptimizer, params: Parameters, **options: Any) -> None:
-            SubspaceOptimizer.__init__(self, params, **options)
-
-        body = {"__init__": construct, "__doc__": function.__doc__, "__module__": function.__module__, "recipe": entry}
-        made = type(function.__name__, (SubspaceOptimizer,), body)
-        shown = [
-            inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=value)
-            for key, value in defaults.items()
-            if key != "method"
-        ]
-        params = inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        made.__signature__ = inspect.Signature([params, *shown])  # type: ignore[attr-defined]
-        made.recipe = _RECIPES[name] = replace(entry, constructor=made)
+        made = _constructor(entry)
+        _RECIPES[name] = made.recipe
         return made
 
     return register
+
+
+def _constructor(entry: Recipe) -> type[SubspaceOptimizer]:
+    """The optimizer class of a recipe, with the recipe's options as its signature."""
+
+    def construct(self: SubspaceOptimizer, params: Parameters, **options: Any) -> None:
+        SubspaceOptimizer.__init__(self, params, **options)
+
+    function = entry.function
+    body = {"__init__": construct, "__doc__": function.__doc__, "__module__": function.__module__}
+    made = type(entry.title, (SubspaceOptimizer,), body)
+    shown = [
+        inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=value)
+        for key, value in entry.defaults.items()
+        if key != "method"
+    ]
+    params = inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    made.__signature__ = inspect.Signature([params, *shown])  # type: ignore[attr-defined]
+    made.recipe = replace(entry, constructor=made)
+    return made
+
+
+def _composed(*, composition: Composition | None = None) -> Composition:
+    """An optimizer from any legal combination of parts, also ones that no paper has.
+
+    Args:
+        composition: the parts; its storage is replaced by the `storage` option.
+    """
+    if not isinstance(composition, Composition):
+        raise ValueError(f"composition={composition!r} must be a subspan.optim.Composition")
+    return composition
+
+
+Composed = _constructor(
+    Recipe(
+        name="composed",
+        title="Composed",
+        paper="",
+        function=_composed,
+        defaults={"method": "composed", "lr": 1e-3, "weight_decay": 0.0, "composition": None} | ENGINE_OPTIONS,
+        own=("composition",),
+        memory="as its parts declare",
+        evidence=(),
+    )
+)
 
 
 def methods() -> dict[str, Recipe]:

@@ -177,7 +177,7 @@ class RandomizedSVD(Finder):
 
     Args:
         oversampling: extra sketch columns.
-        power_iterations: passes over the gradient beyond the first.
+        power_iterations: rounds beyond the first for a cold start; a warm start takes one fewer.
     """
 
     oversampling: int = 8
@@ -196,12 +196,13 @@ class RandomizedSVD(Finder):
             previous = _basis_of(sight.previous, side)
             extra = min(self.oversampling, min(m, n) - rank)
             columns = extra if previous is not None else rank + extra
+            rounds = self.power_iterations if previous is None else max(0, self.power_iterations - 1)
             sketch = sight.draw(lambda seed: linalg.gaussian(seed, (d, columns), sight.gradient.dtype))
             if previous is not None:
                 # Unit-norm columns, so that the fresh directions weigh as much as the old ones.
                 sketch = torch.cat([previous.to(sketch.dtype), sketch / d**0.5], dim=-1)
             return linalg.sketched_basis(
-                sight.gradient, rank, side=side, sketch=sketch, power_iterations=self.power_iterations
+                sight.gradient, rank, side=side, sketch=sketch, power_iterations=rounds
             )
 
         return self._each_side(sight, basis)

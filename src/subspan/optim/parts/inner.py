@@ -407,35 +407,44 @@ class Adafactor(Inner):
         return Direction(value, 1.0)
 
 
-def factored_declarations(is_matrix: bool, what: str) -> tuple[StateDeclaration, ...]:
-    """Declarations of a factored second moment of the coordinates or of the whole matrix (`what`)."""
+def factored_declarations(
+    is_matrix: bool, what: str, name: str = "exp_avg_sq"
+) -> tuple[StateDeclaration, ...]:
+    """Declarations of a factored second moment of the "coordinate"s or of the whole "matrix" (`what`)."""
     if is_matrix:
         return (
-            StateDeclaration("exp_avg_sq_row", "second_moment", f"{what}_rows"),
-            StateDeclaration("exp_avg_sq_col", "second_moment", f"{what}_columns"),
+            StateDeclaration(f"{name}_row", "second_moment", f"{what}_rows"),
+            StateDeclaration(f"{name}_col", "second_moment", f"{what}_columns"),
         )
-    return (StateDeclaration("exp_avg_sq", "second_moment"),)
+    return (StateDeclaration(name, "second_moment"),)
 
 
 def factored_scaling(
-    x: Tensor, state: dict[str, Any], age: int, decay_rate: float, eps: float, out: Tensor
+    x: Tensor,
+    state: dict[str, Any],
+    age: int,
+    decay_rate: float,
+    eps: float,
+    out: Tensor,
+    name: str = "exp_avg_sq",
 ) -> Tensor:
     """`x` divided by the root of Adafactor's (factored) second moment, whose averages are updated in place.
 
     Args:
         x: `(..., m, n)`, or any shape when the state holds an unfactored moment.
-        state: "exp_avg_sq_row" and "exp_avg_sq_col", or "exp_avg_sq".
+        state: holds `{name}_row` and `{name}_col`, or `name`.
         age: 1-based step.
         decay_rate: the averaging rate is `1 - age**decay_rate`.
         eps: added to the squares.
         out: result and scratch, same shape as `x`.
+        name: of the moment in the state.
     """
     weight = float(age) ** decay_rate
     squares = torch.mul(x, x, out=out).add_(eps)
-    if "exp_avg_sq" in state:
-        moment = state["exp_avg_sq"].lerp_(squares, weight)
+    if name in state:
+        moment = state[name].lerp_(squares, weight)
         return torch.rsqrt(moment, out=out).mul_(x)
-    row = state["exp_avg_sq_row"].lerp_(squares.mean(-1), weight)
-    col = state["exp_avg_sq_col"].lerp_(squares.mean(-2), weight)
+    row = state[f"{name}_row"].lerp_(squares.mean(-1), weight)
+    col = state[f"{name}_col"].lerp_(squares.mean(-2), weight)
     row_factor = (row / row.mean(-1, keepdim=True)).rsqrt_().unsqueeze(-1)
     return torch.mul(x, row_factor, out=out).mul_(col.rsqrt().unsqueeze(-2))

@@ -31,8 +31,8 @@ class FactoredRMS:
 
     def declare(self, layout: Layout) -> tuple[StateDeclaration, ...]:
         """Row and column means."""
-        return factored_declarations(layout.is_matrix, "matrix")
+        return factored_declarations(layout.is_matrix, "matrix", "gradient_sq")
 
     def normalise(self, gradient: Tensor, state: dict[str, Any], step: int, work: Workspace) -> Tensor:
         """The scaled gradient; the averages are updated in place. `step` is 1-based and never restarts."""
-        return factored_scaling(gradient, state, step, self.decay_rate, self.eps, work.like(gradient))
+        return factored_scaling(gradient, state, step, self.decay_rate, self.eps, work.like(gradient), "gradient_sq")

@@ -255,8 +255,7 @@ class RescaledGradient:
         """The update of one bucket."""
         root = math.sqrt(self.scale)
         if self.granularity == "tensor":
-            norms = [torch.linalg.matrix_norm(x, keepdim=True) for x in (scene.direction.value, scene.coordinates)]
-            factor = norms[0] / (norms[1] + TINY)
+            factor = tensor_factor(scene)
         else:
             factor = channel_factors(scene)
         if self.growth_limit is not None:
@@ -308,6 +307,13 @@ def channel_factors(scene: Scene) -> Tensor:
     axis = rank_axis(scene.layout)
     scaled = torch.linalg.vector_norm(scene.direction.value, dim=axis, keepdim=True)
     return scaled / (torch.linalg.vector_norm(scene.coordinates, dim=axis, keepdim=True) + TINY)
+
+
+def tensor_factor(scene: Scene) -> Tensor:
+    """How much the inner optimizer rescaled the coordinates as a whole, `(..., 1, 1)`."""
+    dims = (-1,) if scene.layout.side == "entries" else (-2, -1)
+    scaled = torch.linalg.vector_norm(scene.direction.value, dim=dims)
+    return (scaled / (torch.linalg.vector_norm(scene.coordinates, dim=dims) + TINY))[..., None, None]
 
 
 def channel_energies(gradient: Tensor, layout: Layout, work: Workspace) -> Tensor:

@@ -50,6 +50,7 @@ class Storage:
         """The dtype in which a declared state of a parameter of that dtype is kept."""
         if declaration.dtype != "storage":
             return declaration.dtype
+        parameter = parameter.to_real()  # complex parameters are treated as pairs of real ones
         if declaration.kind == "scalar":
             return compute_dtype(parameter)
         name = self.formats[declaration.kind]

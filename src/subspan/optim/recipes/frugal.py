@@ -49,7 +49,7 @@ def FRUGAL(
     block_order: str = "random",
     proj_type: str = "std",
     inner: str = "adamw",
-    betas: tuple[float, float] | None = None,
+    betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     momentum: float = 0.0,
     inactive_update_rule: str = "sign_sgd",
@@ -69,7 +69,7 @@ def FRUGAL(
         block_order: "random", "ascending", "descending" or "mirror" (block).
         proj_type: std, reverse_std, left, right or full (svd, random, randperm).
         inner: "adamw", "lion" or "sgd".
-        betas: averaging rates; None: (0.9, 0.999) for adamw, (0.9, 0.99) for lion.
+        betas: averaging rates (adamw, lion; Lion's own are (0.9, 0.99)).
         eps: added to the root of the second moment after the bias correction (adamw).
         momentum: of SGD.
         inactive_update_rule: "sign_sgd", "sgd", or "no" for the rest of the gradient.
@@ -112,17 +112,17 @@ def FRUGAL(
 
 def _inner(
     inner: str,
-    betas: tuple[float, float] | None,
+    betas: tuple[float, float],
     eps: float,
     momentum: float,
     official_start: bool,
     blocks: bool,
 ) -> tuple[Inner, Inner]:
     if inner == "adamw":
-        adam = Adam(betas or (0.9, 0.999), eps)
+        adam = Adam(betas, eps)
         return adam, adam
     if inner == "lion":
-        lion = Lion(betas or (0.9, 0.99))
+        lion = Lion(betas)
         return lion, lion
     if inner == "sgd":
         sgd = SGD(momentum)

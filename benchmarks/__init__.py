@@ -1,0 +1,1 @@
+"""Measurements of optimizer steps, states and memory; `python -m benchmarks --help`."""

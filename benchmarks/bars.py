@@ -1,0 +1,84 @@
+"""The project's own bars, each with what was measured for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.shapes import SHAPES, Shape
+
+Numbers = dict[str, Any]
+Bar = tuple[str, str, str, bool]  # what, bar, measured, held
+
+_FP32 = 4
+# Same method, its authors' package.
+_PEERS = {"GaLore": "galore-torch", "Fira": "fira", "APOLLO": "apollo-torch"}
+
+
+def expected_state_bytes(name: str, shape: Shape) -> int | None:
+    """Two moments for what is plain, two low-rank moments and a basis for what is projected."""
+    projected, plain = shape.elements()
+    if name == "AdamW":
+        return _FP32 * 2 * (projected + plain)
+    if name == "GaLore":
+        coordinates, basis = shape.low_rank_elements(shape.rank)
+        return _FP32 * (2 * plain + 2 * coordinates + basis)
+    return None
+
+
+def _at_most(what: str, limit: float, value: float, unit: str = "x") -> Bar:
+    return what, f"at most {limit:g}{unit}", f"{value:.2f}{unit}", value <= limit
+
+
+def _time_bars(rows: list[Numbers]) -> list[Bar]:
+    bars = []
+    for row in rows:
+        for ours, kinds in row.get("ours_over_this", {}).items():
+            if _PEERS.get(ours) != row["package"] or kinds["normal"] is None:
+                continue
+            against = f"{ours} over {row['package']}"
+            bars.append(_at_most(f"normal step, {against}", 0.5, kinds["normal"]["median"]))
+            if ours == "GaLore" and kinds["refresh"] is not None:
+                bars.append(_at_most(f"refresh step, {against}", 0.2, kinds["refresh"]["median"]))
+    for row in rows:
+        if row["package"] == "subspan" and row["name"] in _PEERS and "floor" in row:
+            what = f"normal step, {row['name']} over its floor"
+            bars.append(_at_most(what, 1.3, row["floor"]["distance"]))
+    return bars
+
+
+def _memory_bars(rows: list[Numbers], shape: Shape) -> list[Bar]:
+    bars = []
+    largest = _FP32 * max(m * n for m, n in shape.projected())
+    for row in rows:
+        if row["package"] != "subspan" or row["error"]:
+            continue
+        expected = expected_state_bytes(row["name"], shape)
+        if expected is not None:
+            state = row["state"]
+            found = f"{state['logical']} logical, {state['retained']} retained"
+            exact = state["logical"] == state["retained"] == expected
+            bars.append((f"state bytes, {row['name']}", f"exactly {expected}", found, exact))
+        for kind, peak in row["peaks"].items():
+            what = f"peak extra over the largest projected matrix, {row['name']}, {kind} step"
+            bars.append(_at_most(what, 3, peak["allocated"] / largest))
+    return bars
+
+
+def bars(results: Numbers) -> list[Bar]:
+    """Every bar that these results can speak to, for the 60M shape."""
+    shape = SHAPES["60m"]
+    rows = [row for row in results["rows"] if row["shape"] == shape.name]
+    found = _time_bars(rows) + _memory_bars(rows, shape)
+    for row in results.get("staggered", []):
+        if row["shape"] == shape.name:
+            what = f"staggered refresh, slowest step over the median, gap {row['gap']}"
+            found.append(_at_most(what, 2, row["max"] / row["median"]))
+    lowest = [
+        r["median"]
+        for r in results.get("refresh", {}).get("rows", [])
+        if r["finder"].startswith("subspan default") and r["gradients"] == "real"
+    ]
+    if lowest:
+        what = "energy of the default basis over the exact one, real gradients, lowest median"
+        found.append((what, "at least 0.995", f"{min(lowest):.5f}", min(lowest) >= 0.995))
+    return found

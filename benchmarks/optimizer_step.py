@@ -1,0 +1,204 @@
+"""Interleaved timing of optimizer steps.
+
+The optimizers of one family (ours and its peers) each own a copy of the same parameters and
+gradients and take turns, one step each per round, in one process and on one thread. A ratio is the
+median of the per-round ratios, so that a change of the machine's speed hits both sides of it.
+
+A short gap makes refreshes frequent enough to time; it does not change what either kind of step
+costs, and amortised times are computed for the paper's gap.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from benchmarks.contenders import Contender
+from benchmarks.floors import MachineRates, step_bytes, step_flops
+from benchmarks.measure import (
+    Elapsed,
+    optimizer_bytes,
+    peak_allocated,
+    peak_resident,
+    release_memory,
+    timed,
+)
+from benchmarks.shapes import Model, Parameters, Shape
+
+TIMED_GAP = 5
+PAPER_GAP = 200
+_TIMED_ROUNDS = 2 * TIMED_GAP + 1  # first step, then two gaps with one refresh each
+_ROUNDS = _TIMED_ROUNDS + TIMED_GAP  # one more gap, in which memory is measured as well
+_WARM_UP = 2  # steps after which caches, threads and lazily built buffers are settled
+
+
+def kind_of_step(index: int, phase: int | None, gap: int = TIMED_GAP) -> str:
+    """'first' (allocates the state), 'refresh' (recomputes every basis) or 'normal'."""
+    if index == 0:
+        return "first"
+    return "refresh" if phase is not None and (index + phase) % gap == 0 else "normal"
+
+
+@dataclass
+class Run:
+    """One contender's live optimizer and what was measured of it."""
+
+    contender: Contender
+    optimizer: torch.optim.Optimizer | None
+    error: str = ""
+    times: dict[str, dict[int, Elapsed]] = field(default_factory=dict)
+    peaks: dict[str, dict[str, int | None]] = field(default_factory=dict)
+
+    def step(self, index: int) -> None:
+        """Take step `index` and measure its time, its memory, or both."""
+        if self.optimizer is None:
+            return
+        step = self.optimizer.step
+        kind = kind_of_step(index, self.contender.phase)
+        peaks, times = self.peaks.setdefault(kind, {}), self.times.setdefault(kind, {})
+        try:
+            if index >= _TIMED_ROUNDS and "allocated" not in peaks:
+                peaks["allocated"] = peak_allocated(step)  # the profiler slows the step
+            elif index > TIMED_GAP and kind == "refresh":
+                # Refreshes take long: one is both timed and watched, which costs it little.
+                peaks["resident"] = peak_resident(lambda: times.update({index: timed(step)}))
+            elif index >= _TIMED_ROUNDS and "resident" not in peaks:
+                peaks["resident"] = peak_resident(step)
+            else:
+                times[index] = timed(step)
+        except Exception as error:  # a peer's failure is a row, not the end of the run
+            self.optimizer = None
+            self.error = f"{type(error).__name__}: {error}".splitlines()[0]
+
+    def seconds(self, kind: str, clock: str = "cpu") -> list[float]:
+        """Timed steps of one kind, without the warm-up."""
+        steps = self.times.get(kind, {})
+        return [getattr(e, clock) for i, e in steps.items() if kind == "first" or i >= _WARM_UP]
+
+
+def _start(contender: Contender, model: Model, shape: Shape) -> tuple[Run, Parameters | None]:
+    parameters = model.copy()
+    try:
+        optimizer = contender.build(parameters, shape.rank, TIMED_GAP)
+    except ImportError as error:
+        return Run(contender, None, f"not installed ({error.name or error})"), None
+    except Exception as error:
+        return Run(contender, None, f"{type(error).__name__}: {error}".splitlines()[0]), None
+    return Run(contender, optimizer), parameters
+
+
+def spread(values: list[float]) -> dict[str, float] | None:
+    """Minimum, median and maximum."""
+    if not values:
+        return None
+    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+
+
+def _ratios(ours: Run, other: Run, kind: str) -> dict[str, float] | None:
+    """Our time over the other's, round by round (refreshes by their order)."""
+    mine, theirs = ours.times.get(kind, {}), other.times.get(kind, {})
+    if kind == "refresh":
+        pairs = zip(ours.seconds(kind), other.seconds(kind), strict=False)
+    else:
+        common = [i for i in mine if i in theirs and i >= _WARM_UP]
+        pairs = zip([mine[i].cpu for i in common], [theirs[i].cpu for i in common], strict=True)
+    return spread([a / b for a, b in pairs])
+
+
+def _row(run: Run, shape: Shape) -> dict[str, Any]:
+    contender = run.contender
+    row: dict[str, Any] = {
+        "shape": shape.name,
+        "family": contender.family,
+        "name": contender.name,
+        "package": contender.package,
+        "error": run.error,
+    }
+    if run.optimizer is None:
+        return row
+    for kind in ("first", "normal", "refresh"):
+        row[kind] = {clock: spread(run.seconds(kind, clock)) for clock in ("cpu", "wall")}
+    normal, refresh = row["normal"]["cpu"], row["refresh"]["cpu"]
+    if normal and refresh:
+        extra = refresh["median"] - normal["median"]
+        row["amortised"] = normal["median"] + extra / PAPER_GAP
+    state, held = optimizer_bytes(run.optimizer)
+    row["state"], row["held"] = asdict(state), asdict(held)
+    row["peaks"] = {kind: peak for kind, peak in run.peaks.items() if peak}
+    return row
+
+
+def attach_floors(rows: list[dict[str, Any]], shape: Shape, rates: MachineRates) -> None:
+    """Add each row's floor, once all samples of the machine's rates are in."""
+    for row in rows:
+        family = "adamw" if row["package"] == "torch" else row["family"]
+        floor = None if row["error"] else rates.floor_seconds(family, shape)
+        if floor is not None:
+            row["floor"] = {
+                "products": floor[0],
+                "memory": floor[1],
+                "flops": step_flops(family, shape),
+                "bytes": step_bytes(family, shape),
+                "distance": row["normal"]["cpu"]["median"] / sum(floor),
+            }
+
+
+def measure_family(
+    members: list[Contender],
+    model: Model,
+    shape: Shape,
+    rates: MachineRates,
+    progress: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Step the members of one family in turn and return their rows."""
+    family = members[0].family
+    rates.sample(shape, family)
+    runs, kept_alive = [], []
+    for member in members:
+        run, parameters = _start(member, model, shape)
+        runs.append(run)
+        kept_alive.append(parameters)
+    for index in range(_ROUNDS):
+        # Start each round with another member: nobody always runs after the same neighbour.
+        offset = index % len(runs)
+        for run in runs[offset:] + runs[:offset]:
+            run.step(index)
+    rates.sample(shape, family)
+    rows = [_row(run, shape) for run in runs]
+    mine = [run for run in runs if run.contender.ours and run.optimizer is not None]
+    for run, row in zip(runs, rows, strict=True):
+        if run.contender.ours or run.optimizer is None:
+            continue
+        row["ours_over_this"] = {
+            our.contender.name: {kind: _ratios(our, run, kind) for kind in ("normal", "refresh")}
+            for our in mine
+        }
+    for run, row in zip(runs, rows, strict=True):
+        said = run.error or f"{1e3 * row['normal']['cpu']['median']:.1f} ms"
+        progress(f"{shape.name} {run.contender.label}: {said}")
+    del runs, kept_alive
+    release_memory()
+    return rows
+
+
+def measure_staggered(model: Model, shape: Shape) -> dict[str, Any] | None:
+    """CPU times over one whole gap in which our GaLore refreshes one matrix at a time."""
+    import subspan.optim
+
+    parameters = model.copy()
+    gap = 2 * len(parameters.projected)  # every other step refreshes one matrix
+    groups: list[dict[str, Any]] = [
+        {"params": parameters.plain, "project": False},
+        {"params": parameters.projected},
+    ]
+    optimizer = subspan.optim.build(
+        "galore", groups, lr=1e-3, rank=shape.rank, update_proj_gap=gap, stagger=True
+    )
+    for _ in range(_WARM_UP):
+        optimizer.step()
+    seconds = spread([timed(optimizer.step).cpu for _ in range(gap)])
+    return None if seconds is None else {"shape": shape.name, "gap": gap, **seconds}

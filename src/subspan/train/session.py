@@ -1,0 +1,111 @@
+"""The Trainer of one session of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments, default_data_collator
+
+from subspan.train import runfolder
+from subspan.train.config import TrainConfig
+from subspan.train.errors import JobError, one_line
+from subspan.train.trainer import SubspanTrainer, build_optimizer
+
+if TYPE_CHECKING:
+    from subspan.train.job import Inputs
+
+
+class StepProgress(TrainerCallback):
+    """Reports every finished step to `report`."""
+
+    def __init__(self, report: Callable[[int], None]) -> None:
+        self._report = report
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._report(state.global_step)
+
+
+def training_arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
+    """The configuration in transformers' words; checkpoints go to `folder`/checkpoints."""
+    args = TrainingArguments(
+        output_dir=str(folder / runfolder.CHECKPOINTS),
+        max_steps=config.total_steps,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        learning_rate=config.lr,
+        # The variant whose first step already has a learning rate above zero.
+        lr_scheduler_type="cosine_warmup_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": config.min_lr_ratio},
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.betas[0],
+        adam_beta2=config.betas[1],
+        adam_epsilon=config.eps,
+        max_grad_norm=config.clip,
+        logging_strategy="steps",
+        logging_steps=config.log_every,
+        # A loss that is not finite must be seen, not replaced by the average of earlier ones.
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=config.eval_steps,
+        prediction_loss_only=True,
+        save_strategy="steps",
+        save_steps=config.checkpoint_steps,
+        save_total_limit=config.keep_checkpoints,
+        # The data set is already in its order, which depends on nothing but the seed.
+        train_sampling_strategy="sequential",
+        dataloader_pin_memory=False,
+        seed=config.seed,
+        use_cpu=config.device == "cpu",
+        bf16=config.dtype == "bfloat16-mixed",
+        torch_compile=config.compile,
+        disable_tqdm=True,
+        report_to=[],
+    )
+    if args.n_gpu > 1:
+        # Batch size and state bytes are those of one device; DataParallel would change both.
+        args._n_gpu = 1
+    return args
+
+
+def make_trainer(config: TrainConfig, folder: Path, inputs: Inputs) -> SubspanTrainer:
+    """Trainer with model, data and optimizer settings of the run.
+
+    Raises:
+        JobError: the method does not take an option or a value.
+    """
+    args = training_arguments(config, folder)
+    hyper = config.hyper()
+    grouping: dict[str, Any] = {
+        "plain_lr": config.plain_lr,
+        "project": config.project,
+        "exclude": config.exclude,
+    }
+    try:
+        build_optimizer(inputs.model, config.method, args, **grouping, **hyper)
+    except (ValueError, TypeError) as error:
+        raise JobError(f"method {config.method}: {one_line(error)}") from None
+    trainer = SubspanTrainer(
+        inputs.model,
+        args,
+        data_collator=default_data_collator,
+        train_dataset=inputs.train,
+        eval_dataset=inputs.validation,
+        processing_class=inputs.data.tokenizer,
+        method=config.method,
+        hyper=hyper,
+        **grouping,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def state_bytes(trainer: SubspanTrainer) -> dict[str, int]:
+    """Bytes of the optimizer's state by kind, and in all under `total`."""
+    # Accelerate wraps the optimizer.
+    optimizer: Any = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    counted: dict[str, int] = optimizer.state_bytes()
+    return counted

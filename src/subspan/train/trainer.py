@@ -1,0 +1,266 @@
+"""`transformers.Trainer` with any method of `subspan.optim`, and exact resume.
+
+The training loop, gradient accumulation, clipping, schedules and data loading are transformers'.
+Added here: the optimizer by name, with the weight-decay split and the Adam settings of
+`TrainingArguments` (which transformers' own low-rank optimizers drop), and checkpoints that are
+either complete or not used.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.optim import Optimizer
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
+
+from subspan.train import checkpoints
+from subspan.train.errors import JobError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+_ADAM_DEFAULTS = {"betas": (0.9, 0.999), "eps": 1e-8}
+
+
+def adam_settings(method: str, args: TrainingArguments) -> dict[str, Any]:
+    """`betas` and `eps` of `args`, as far as `method` has them.
+
+    Raises:
+        ValueError: unknown method, or `args` changes a setting that the method does not have.
+    """
+    from subspan.optim import lookup
+
+    recipe = lookup(method)
+    given = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    for name, default in _ADAM_DEFAULTS.items():
+        if name not in recipe.defaults and given.pop(name) != default:
+            raise ValueError(f"{recipe.title} has no option {name}; leave it at its default")
+    return given
+
+
+def parameter_groups(
+    model: nn.Module,
+    *,
+    decayed: Collection[str],
+    weight_decay: float,
+    lr: float,
+    plain_lr: float | None = None,
+    project: list[str] | None = None,
+    exclude: list[str] | None = None,
+) -> list[dict[str, Any]]:
+    """Groups of `subspan.optim.param_groups_for_model`, each split by weight decay.
+
+    Args:
+        model: its trainable parameters are grouped.
+        decayed: names of the parameters that decay; the others get `weight_decay` 0.
+        weight_decay: of the decayed parameters.
+        lr: learning rate of the projected matrices.
+        plain_lr: learning rate of everything else; none: `lr`.
+        project: regular expressions of names of the parameters to project.
+        exclude: regular expressions of names of parameters never to project.
+
+    Returns:
+        Groups of named parameters: what is projected first, each with and without decay.
+    """
+    from subspan.optim import param_groups_for_model
+
+    groups = []
+    for group in param_groups_for_model(model, project=project, exclude=exclude):
+        rate = lr if group["project"] or plain_lr is None else plain_lr
+        split: dict[float, list[Any]] = {}
+        for name, parameter in group["params"]:
+            decay = weight_decay if name in decayed else 0.0
+            split.setdefault(decay, []).append((name, parameter))
+        for decay, named in split.items():
+            groups.append(group | {"params": named, "lr": rate, "weight_decay": decay})
+    return groups
+
+
+class _Factory:
+    """What `Trainer` calls, as `_Factory()(model, **kwargs)`, when it needs the optimizer."""
+
+    def __call__(self, model: nn.Module, *, build: Callable[[nn.Module], Optimizer]) -> Optimizer:
+        return build(model)
+
+
+def optimizer_cls_and_kwargs(
+    model: nn.Module,
+    method: str,
+    args: TrainingArguments | None = None,
+    *,
+    plain_lr: float | None = None,
+    project: list[str] | None = None,
+    exclude: list[str] | None = None,
+    **hyper: Any,
+) -> tuple[type, dict[str, Any]]:
+    """Argument `optimizer_cls_and_kwargs` of a plain `transformers.Trainer`.
+
+    Args:
+        model: the model that the Trainer will get; wrong options are found here, not in training.
+        method: name in `subspan.optim.methods()`.
+        args: learning rate, betas, eps and weight decay come from here unless given in `hyper`.
+        plain_lr: learning rate of what is not projected; none: the same.
+        project: regular expressions of names of the parameters to project.
+        exclude: regular expressions of names of parameters never to project.
+        **hyper: options of the method.
+
+    Raises:
+        ValueError, TypeError: unknown method or option, or a value that is not allowed.
+
+    Example:
+        >>> plug = optimizer_cls_and_kwargs(model, "galore", args, rank=128)
+        >>> Trainer(model, args, optimizer_cls_and_kwargs=plug, ...)
+    """
+
+    def build(built_for: nn.Module) -> Optimizer:
+        return build_optimizer(
+            built_for, method, args, plain_lr=plain_lr, project=project, exclude=exclude, **hyper
+        )
+
+    build(model)
+    return _Factory, {"build": build}
+
+
+def build_optimizer(
+    model: nn.Module,
+    method: str,
+    args: TrainingArguments | None = None,
+    *,
+    decayed: Collection[str] | None = None,
+    plain_lr: float | None = None,
+    project: list[str] | None = None,
+    exclude: list[str] | None = None,
+    **hyper: Any,
+) -> Optimizer:
+    """Optimizer of `model` with the settings of `args`; see `optimizer_cls_and_kwargs`.
+
+    `decayed` names the parameters that decay; none: the Trainer's rule (no norms, no biases).
+    """
+    from subspan.optim import build
+
+    args = args or TrainingArguments(output_dir="unused", report_to=[])
+    lr = hyper.pop("lr", args.learning_rate)
+    groups = parameter_groups(
+        model,
+        decayed=_decayed_names(model) if decayed is None else decayed,
+        weight_decay=hyper.pop("weight_decay", args.weight_decay),
+        lr=lr,
+        plain_lr=plain_lr,
+        project=project,
+        exclude=exclude,
+    )
+    optimizer: Optimizer = build(method, groups, lr=lr, **(adam_settings(method, args) | hyper))
+    return optimizer
+
+
+def _decayed_names(model: nn.Module) -> set[str]:
+    # The method uses nothing of the Trainer, so its rule is at hand before there is a Trainer.
+    return set(Trainer.get_decay_parameter_names(None, model))
+
+
+class SubspanTrainer(Trainer):
+    """`transformers.Trainer` whose optimizer is a method of `subspan.optim`.
+
+    Args:
+        *positional: as in `transformers.Trainer`.
+        method: name in `subspan.optim.methods()`.
+        hyper: options of the method; `lr`, `betas`, `eps` and `weight_decay` default to those of
+            the `TrainingArguments`.
+        plain_lr: learning rate of what is not projected (embeddings, head, norms, biases);
+            none: the same as of what is projected.
+        project: regular expressions of names to project; none: the blocks' matrices.
+        exclude: regular expressions of names of parameters never to project.
+        **keywords: as in `transformers.Trainer`.
+
+    Checkpoints are folders in the Hugging Face layout. One that a crash cut short is skipped by
+    `train(resume_from_checkpoint=True)`; one of another method, option or model is refused.
+    """
+
+    optimizer: Optimizer | None
+
+    def __init__(
+        self,
+        *positional: Any,
+        method: str = "galore",
+        hyper: Mapping[str, Any] | None = None,
+        plain_lr: float | None = None,
+        project: list[str] | None = None,
+        exclude: list[str] | None = None,
+        **keywords: Any,
+    ) -> None:
+        self.method = method
+        self.hyper = dict(hyper or {})
+        self.grouping: dict[str, Any] = {
+            "plain_lr": plain_lr,
+            "project": project,
+            "exclude": exclude,
+        }
+        super().__init__(*positional, **keywords)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """Build the optimizer unless there is one."""
+        if self.optimizer is None:
+            built_for = self.model if model is None else model
+            self.optimizer = build_optimizer(
+                built_for,
+                self.method,
+                self.args,
+                decayed=self.get_decay_parameter_names(built_for),
+                **self.grouping,
+                **self.hyper,
+            )
+        return self.optimizer
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree on to be resumed by this trainer."""
+        settings = {
+            "lr": self.args.learning_rate,
+            "betas": [self.args.adam_beta1, self.args.adam_beta2],
+            "eps": self.args.adam_epsilon,
+            "weight_decay": self.args.weight_decay,
+        }
+        model = self.accelerator.unwrap_model(self.model)
+        return checkpoints.identity(self.method, settings | self.grouping | self.hyper, model)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **keywords: Any) -> Any:
+        """As in `transformers.Trainer`; `True` resumes from the last complete checkpoint.
+
+        Raises:
+            JobError: no complete checkpoint, or it belongs to another method, option or model.
+        """
+        if resume_from_checkpoint is True:
+            last = checkpoints.last_complete(Path(self.args.output_dir))
+            if last is None:
+                raise JobError(f"no complete checkpoint in {self.args.output_dir} to resume from")
+            resume_from_checkpoint = str(last)
+        if resume_from_checkpoint:
+            checkpoints.check_resumable(Path(resume_from_checkpoint), self.identity())
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **keywords)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        parent = Path(self._get_output_dir(trial=trial))
+        folder = parent / f"checkpoint-{self.state.global_step}"
+        # Older checkpoints go only after the new one is complete.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                checkpoints.commit(folder, self.identity())
+        except BaseException:
+            # A part of a checkpoint is of no use and may be what fills the disk.
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(parent),
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
