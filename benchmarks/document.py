@@ -152,13 +152,19 @@ def _shape_section(results: Numbers, shape: Shape) -> str:
 
 
 def _quality_section(quality: Numbers) -> str:
-    header = ["gradients", "rank", "share of the exact basis", "basis", "energy / exact, median"]
+    header = [
+        "gradients",
+        "rank",
+        "share of all energy in the exact basis",
+        "basis",
+        "energy / exact, median",
+    ]
     header += ["worst", "CPU ms per basis"]
     body = [
         [
             row["gradients"],
             str(row["rank"]),
-            f"{row['exact_share']:.3f}",
+            f"{row['exact_min']:.3f}-{row['exact_max']:.3f}",
             row["finder"],
             f"{row['median']:.5f}",
             f"{row['min']:.5f}",

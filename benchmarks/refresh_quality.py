@@ -1,9 +1,10 @@
 """How much of a real gradient's energy a basis captures, relative to the exact top-r basis.
 
 A small LLaMA is trained for 50 steps on the docstrings of the standard library; gradients of the
-q, up and down projections of three layers are kept at two steps, ten steps apart. Our bases are
-read from an optimizer that was given those gradients: "first" from a single gradient, "next" at a
-refresh that follows one on the earlier gradient, as in training.
+q, up and down projections of three layers are kept after 10 steps, when they are richest, and after
+50, when the model knows little more than word frequencies and a few directions hold nearly all
+energy. Our bases are read from an optimizer that was given those gradients: "first" from a single
+one, "next" at a refresh that follows one on a gradient from some steps earlier, as in training.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from benchmarks.measure import timed
 from benchmarks.shapes import Shape, decaying_gradient
 
-_STEPS, _EARLIER = 50, 40
+_KEPT = {5: 10, 40: 50}  # step of the previous refresh -> step of the refresh that is judged
 _BATCH, _LENGTH = 8, 128
 _LAYERS = (0, 4, 7)
 _MATRICES = ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")
@@ -57,7 +58,7 @@ def _tokens(vocab: int) -> Tensor:
 
 
 def real_gradients(shape: Shape) -> tuple[list[Tensor], list[Tensor], float]:
-    """Gradients at the earlier and at the last step, and the loss at the last step."""
+    """Gradients at the steps of a previous refresh and of the one judged, and the last loss."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -76,16 +77,17 @@ def real_gradients(shape: Shape) -> tuple[list[Tensor], list[Tensor], float]:
     data, generator = _tokens(shape.vocab), torch.Generator().manual_seed(0)
     kept: dict[int, list[Tensor]] = {}
     loss = torch.tensor(0.0)
-    for step in range(1, _STEPS + 1):
+    for step in range(1, max(_KEPT.values()) + 1):
         starts = torch.randint(len(data) - _LENGTH, (_BATCH,), generator=generator).tolist()
         batch = torch.stack([data[s : s + _LENGTH] for s in starts])
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
-        if step in (_EARLIER, _STEPS):
+        if step in _KEPT or step in _KEPT.values():
             kept[step] = [named[name].grad.detach().clone() for name in wanted]
         optimizer.step()
         optimizer.zero_grad()
-    return kept[_EARLIER], kept[_STEPS], loss.item()
+    before = [gradient for step in _KEPT for gradient in kept[step]]
+    return before, [gradient for step in _KEPT.values() for gradient in kept[step]], loss.item()
 
 
 def captured_share(gradient: Tensor, basis: Tensor) -> float:
@@ -185,8 +187,9 @@ def _compare(
     if earlier is not None:
         rows.append(_ours("subspan default, next", earlier, last, rank))
     rows.append(_ours("subspan finder='svd'", None, last, rank, finder="svd"))
-    share = statistics.median(exact_share(gradient, rank) for gradient in last)
-    return [{"gradients": kind, "exact_share": share, **row} for row in rows]
+    shares = [exact_share(gradient, rank) for gradient in last]
+    exact = {"exact_min": min(shares), "exact_max": max(shares)}
+    return [{"gradients": kind, **exact, **row} for row in rows]
 
 
 def measure_quality(small: Shape, large: Shape, progress: Callable[[str], None]) -> dict[str, Any]:
@@ -208,8 +211,9 @@ def measure_quality(small: Shape, large: Shape, progress: Callable[[str], None])
         setting = (
             f"Real: {', '.join(m.split('.')[-1] for m in _MATRICES)} in layers "
             f"{', '.join(map(str, _LAYERS))} of a {small.name.upper()} LLaMA (hidden "
-            f"{small.hidden}) after {_STEPS} steps of AdamW on standard-library docstrings, "
-            f"{_BATCH} x {_LENGTH} tokens per step, training loss {loss:.2f}. "
+            f"{small.hidden}) after {' and '.join(map(str, _KEPT.values()))} steps of AdamW on "
+            "standard-library docstrings, "
+            f"{_BATCH} x {_LENGTH} tokens per step, loss {loss:.2f} at the end. "
         )
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)

@@ -226,8 +226,8 @@ def compare(
     """Run several methods on the same job, one after the other; write a table and report.html."""
     from subspan.report import build_report, load_runs
     from subspan.report.terminal import failures, results_table
-    from subspan.train.compare import compare as run
-    from subspan.train.compare import plan_arms
+    from subspan.train.comparison import compare as run
+    from subspan.train.comparison import plan_arms
     from subspan.train.config import dump_yaml
     from subspan.train.files import write_text
     from subspan.train.overrides import compare_config, fields

@@ -1,6 +1,7 @@
 """Awkward gradients, dtypes, shapes and checkpoints, for every registered recipe.
 
-Each row of the reliability table that earlier packages fail has its test here: a defined result, or a clear error.
+Each row of the reliability table that earlier packages fail has its test here: a defined result, or
+a clear error.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import copy
 
 import pytest
 import torch
-from conftest import GAP, Problem, options_for, same, snapshot
+from problem import GAP, Problem, options_for, same, snapshot
 from torch import nn
 
 import subspan.optim as optim
@@ -60,7 +61,9 @@ def test_zero_gradients_from_the_start_move_nothing(problem):
 
 def test_zero_gradient_on_a_refresh_step_does_not_spoil_the_basis(method):
     recipe = optim.methods()[method]
-    composition = optim.build(method, [nn.Parameter(torch.ones(8, 8))], **options_for(method)).composition(0)
+    composition = optim.build(
+        method, [nn.Parameter(torch.ones(8, 8))], **options_for(method)
+    ).composition(0)
     if composition.finder is None or not composition.finder.reads_gradient:
         return  # the basis does not depend on the gradient
     assert recipe.name == method
@@ -93,7 +96,9 @@ def test_small_float16_gradients_stay_finite(method):
     weight = nn.Parameter(torch.randn(16, 32).half())
     optimizer = optim.build(method, [weight], **options_for(method))
     for step in range(GAP + 2):
-        weight.grad = (1e-4 * torch.randn(16, 32, generator=torch.Generator().manual_seed(step))).half()
+        weight.grad = (
+            1e-4 * torch.randn(16, 32, generator=torch.Generator().manual_seed(step))
+        ).half()
         optimizer.step()
     assert weight.isfinite().all()
 
@@ -109,12 +114,27 @@ def test_bf16_weights_move_on_average_as_float32_ones(method):
             weight.grad = direction.to(dtype)
             optimizer.step()
         moved[dtype] = weight.detach().float() - 1
-    fraction = (moved[torch.bfloat16] * moved[torch.float32]).sum() / moved[torch.float32].square().sum()
-    # Nearest rounding would leave it near 0: a step is far below half a bf16 unit at 1. The noise of 4096 entries is not.
+    fraction = (moved[torch.bfloat16] * moved[torch.float32]).sum() / moved[
+        torch.float32
+    ].square().sum()
+    # Nearest rounding would leave it near 0: a step is far below half a bf16 unit at 1. The noise
+    # of 4096 entries is not.
     assert 0.5 < fraction < 1.5
 
 
-SHAPES = [(), (1,), (7,), (1, 1), (1, 9), (9, 1), (2, 3), (3, 4, 5), (4, 3, 3, 3), (2, 3, 2, 2, 2), (0, 4)]
+SHAPES = [
+    (),
+    (1,),
+    (7,),
+    (1, 1),
+    (1, 9),
+    (9, 1),
+    (2, 3),
+    (3, 4, 5),
+    (4, 3, 3, 3),
+    (2, 3, 2, 2, 2),
+    (0, 4),
+]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -137,7 +157,11 @@ def test_rank_above_the_smaller_dimension_means_full_rank(method):
     weight.grad = torch.randn(8, 20)
     optimizer.step()
     assert optimizer.layout_of(weight).rank == 8
-    moments = [v for k, v in optimizer.state[weight].items() if isinstance(v, torch.Tensor) and "exp_avg" in k]
+    moments = [
+        v
+        for k, v in optimizer.state[weight].items()
+        if isinstance(v, torch.Tensor) and "exp_avg" in k
+    ]
     assert all(moment.numel() <= weight.numel() for moment in moments)
 
 
@@ -162,7 +186,9 @@ def test_stacked_experts_are_projected_one_by_one(method):
     stack = torch.randn(3, 12, 20, generator=generator)
     gradients = torch.randn(GAP + 2, 3, 12, 20, generator=generator)
     together = nn.Parameter(stack.clone())
-    optimizer = optim.build(method, [{"params": [together], "stacked": True, "project": True}], **options_for(method))
+    optimizer = optim.build(
+        method, [{"params": [together], "stacked": True, "project": True}], **options_for(method)
+    )
     for gradient in gradients:
         together.grad = gradient.clone()
         optimizer.step()
@@ -199,11 +225,11 @@ def test_non_contiguous_parameter_is_updated_in_place(method):
 
 
 def test_batched_buckets_equal_single_ones(method, monkeypatch):
-    import subspan.optim.engine as engine
+    import subspan.optim.collect as collect
 
     batched = Problem(method, torch.float64)
     batched.run(range(2 * GAP))
-    monkeypatch.setattr(engine, "SMALL", 0)
+    monkeypatch.setattr(collect, "SMALL", 0)
     single = Problem(method, torch.float64)
     single.run(range(2 * GAP))
     for a, b in zip(batched.weights(), single.weights(), strict=True):
@@ -211,11 +237,11 @@ def test_batched_buckets_equal_single_ones(method, monkeypatch):
 
 
 def test_elementwise_pieces_equal_the_whole(method, monkeypatch):
-    import subspan.optim.engine as engine
+    import subspan.optim.collect as collect
 
     whole = Problem(method, torch.float16)
     whole.run(range(GAP))
-    monkeypatch.setattr(engine, "PIECE", 100)
+    monkeypatch.setitem(collect.PIECE, "cpu", 100)
     cut = Problem(method, torch.float16)
     cut.run(range(GAP))
     assert same(whole.weights(), cut.weights())
@@ -275,7 +301,7 @@ def test_empty_group_is_accepted_and_empty_optimizer_refused(method):
 
 
 def test_misspelt_option_is_refused_with_the_nearest_one(method):
-    with pytest.raises(TypeError, match="wieght_decay.*did you mean 'weight_decay'"):
+    with pytest.raises(TypeError, match=r"wieght_decay.*did you mean 'weight_decay'"):
         optim.build(method, [nn.Parameter(torch.ones(2, 2))], wieght_decay=0.1)
     with pytest.raises(TypeError, match="has no option 'learning'"):
         optim.build(method, [{"params": [nn.Parameter(torch.ones(2, 2))], "learning": 0.1}])
@@ -283,7 +309,14 @@ def test_misspelt_option_is_refused_with_the_nearest_one(method):
 
 @pytest.mark.parametrize(
     "bad",
-    [{"lr": -1.0}, {"lr": float("nan")}, {"weight_decay": -0.1}, {"nonfinite": "hope"}, {"storage": "int3"}, {"seed": -1}],
+    [
+        {"lr": -1.0},
+        {"lr": float("nan")},
+        {"weight_decay": -0.1},
+        {"nonfinite": "hope"},
+        {"storage": "int3"},
+        {"seed": -1},
+    ],
     ids=str,
 )
 def test_impossible_value_is_refused_at_construction(method, bad):
@@ -295,7 +328,9 @@ def test_refused_group_leaves_the_optimizer_as_it_was(problem):
     run = problem()
     groups = len(run.optimizer.param_groups)
     with pytest.raises(ValueError, match="weight_decay"):
-        run.optimizer.add_param_group({"params": [("late", nn.Parameter(torch.ones(3, 3)))], "weight_decay": -1.0})
+        run.optimizer.add_param_group(
+            {"params": [("late", nn.Parameter(torch.ones(3, 3)))], "weight_decay": -1.0}
+        )
     assert len(run.optimizer.param_groups) == groups
     run.run(range(2))
 
@@ -335,7 +370,9 @@ def test_rank_cannot_change_in_the_middle_of_a_run(method):
 
 
 def test_gap_changed_in_the_middle_of_a_run_takes_effect(method):
-    gap = next((n for n in ("update_proj_gap", "kappa") if n in optim.methods()[method].defaults), None)
+    gap = next(
+        (n for n in ("update_proj_gap", "kappa") if n in optim.methods()[method].defaults), None
+    )
     if gap is None:
         return
     run = Problem(method, **{gap: 1000})

@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import GAP, Problem, options_for, same, snapshot
+from problem import GAP, Problem, options_for, same, snapshot
 from torch import nn
 
 import subspan.optim as optim
@@ -67,7 +67,9 @@ def test_same_seed_gives_the_same_run(problem):
     "scheduler",
     [
         lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 10),
-        lambda o: torch.optim.lr_scheduler.LambdaLR(o, [lambda step: 1 / (1 + step)] * len(o.param_groups)),
+        lambda o: torch.optim.lr_scheduler.LambdaLR(
+            o, [lambda step: 1 / (1 + step)] * len(o.param_groups)
+        ),
         lambda o: torch.optim.lr_scheduler.OneCycleLR(
             o, 0.01, total_steps=20, cycle_momentum="betas" in o.param_groups[0]
         ),
@@ -201,7 +203,11 @@ def test_compiled_model_trains_the_same(problem):
 def test_names_of_a_compiled_model_are_understood(method):
     model = torch.compile(Problem(method).model, backend="eager")
     optimizer = optim.build(method, model.named_parameters(), **options_for(method))
-    kept = [optimizer.layout_of(p) for name, p in model.named_parameters() if "embed" in name or "head" in name]
+    kept = [
+        optimizer.layout_of(p)
+        for name, p in model.named_parameters()
+        if "embed" in name or "head" in name
+    ]
     assert not any(layout.projected for layout in kept)
 
 

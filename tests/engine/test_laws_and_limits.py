@@ -39,9 +39,13 @@ def gradient(step: int, *shape: int, dtype: torch.dtype = torch.float64) -> torc
     return torch.randn(shape, generator=torch.Generator().manual_seed(1000 + step), dtype=dtype)
 
 
-def run(optimizer: torch.optim.Optimizer, weight: nn.Parameter, steps: int, zero: tuple[int, ...] = ()) -> None:
+def run(
+    optimizer: torch.optim.Optimizer, weight: nn.Parameter, steps: int, zero: tuple[int, ...] = ()
+) -> None:
     for step in range(1, steps + 1):
-        weight.grad = gradient(step, *weight.shape, dtype=weight.dtype) * (0.0 if step in zero else 1.0)
+        weight.grad = gradient(step, *weight.shape, dtype=weight.dtype) * (
+            0.0 if step in zero else 1.0
+        )
         optimizer.step()
 
 
@@ -66,7 +70,8 @@ def test_full_rank_galore_in_the_identity_basis_equals_adamw(side):
     size = 12 if side == "left" else 20
     ours, theirs = fresh(12, 20), fresh(12, 20)
     eye = Replay({0: {1: torch.eye(size, dtype=torch.float64)}})
-    # 20 columns need a full right basis, which is above the smaller dimension: project the transpose then.
+    # 20 columns need a full right basis, which is above the smaller dimension: project the
+    # transpose then.
     shape = (12, 20) if side == "left" else (20, 12)
     ours = fresh(*shape)
     theirs = fresh(*shape)
@@ -178,7 +183,9 @@ def test_fira_without_forming_the_residual_equals_the_explicit_formula(side, sca
         second = 0.999 * second + 0.001 * coordinates**2
         direction = first / (second.sqrt() + 1e-6)
         lift = (lambda c: basis @ c) if side == "left" else (lambda c: c @ basis.T)
-        factor = direction.norm(dim=axis, keepdim=True) / (coordinates.norm(dim=axis, keepdim=True) + 1e-8)
+        factor = direction.norm(dim=axis, keepdim=True) / (
+            coordinates.norm(dim=axis, keepdim=True) + 1e-8
+        )
         residual = (g - (alpha if scaled else 1.0) * lift(coordinates)) * factor
         norm = residual.norm()
         if last is not None:
@@ -206,7 +213,8 @@ def test_transport_is_the_identity_when_the_basis_does_not_change(transport):
 @pytest.mark.parametrize("transport", [Rotate(), ProjectionAware(), Keep(), Reset()])
 @pytest.mark.parametrize("side", ["left", "right", "full"])
 def test_momentum_keeps_its_meaning_over_a_refresh_where_the_transport_promises_it(transport, side):
-    """The subspace is the same before and after step 4, its basis is rotated; the gradient is zero there."""
+    """The subspace is the same before and after step 4, its basis is rotated; the gradient is zero
+    there."""
     bases, turned = [], []
     for size in (8, 12):
         basis = torch.linalg.qr(gradient(size, size, 3))[0]
@@ -215,7 +223,9 @@ def test_momentum_keeps_its_meaning_over_a_refresh_where_the_transport_promises_
     pick = {"left": lambda pair: pair[0], "right": lambda pair: pair[1], "full": tuple}[side]
     finder = Replay({0: {1: pick(bases), 4: pick(turned)}})
     weight = fresh(8, 12)
-    parts = Composition(Adam(), finder=finder, rank=3, proj_type=side, refresh=Every(3), transport=transport)
+    parts = Composition(
+        Adam(), finder=finder, rank=3, proj_type=side, refresh=Every(3), transport=transport
+    )
     optimizer = Composed([weight], lr=0.01, composition=parts)
 
     def lifted(pair: list[torch.Tensor]) -> torch.Tensor:
@@ -244,7 +254,9 @@ def test_projection_aware_variance_equals_the_published_expression():
     state = {"exp_avg": first.clone(), "exp_avg_sq": second.clone()}
     ProjectionAware().apply(inner, state, change, "left", age)
     c1, c2 = 1 - 0.9**age, 1 - 0.99**age
-    expected = c2 * (change**2 @ (second / c2 - (first / c1) ** 2) + (change @ first / c1) ** 2).abs()
+    expected = (
+        c2 * (change**2 @ (second / c2 - (first / c1) ** 2) + (change @ first / c1) ** 2).abs()
+    )
     torch.testing.assert_close(state["exp_avg_sq"], expected)
     torch.testing.assert_close(state["exp_avg"], change @ first)
 
@@ -263,7 +275,9 @@ def test_refresh_happens_at_the_published_steps():
 def test_staggered_refreshes_are_spread_evenly():
     gap, count = 20, 8
     policy = Every(gap, stagger=True)
-    per_step = [sum(policy.scheduled(t, i, count) == t for i in range(count)) for t in range(2, 102)]
+    per_step = [
+        sum(policy.scheduled(t, i, count) == t for i in range(count)) for t in range(2, 102)
+    ]
     assert max(per_step) == 1
     assert sum(per_step[gap:]) == (100 - gap) // gap * count
 
@@ -302,9 +316,25 @@ def test_stale_limiter_memory_does_not_throttle_after_a_zero_gradient():
 
 # ---------------------------------------------------------------- combinations
 
-FINDERS = (SVD(), RandomizedSVD(), WarmPowerIteration(), RandomOrthogonal(), RandomCoordinates(), SeededGaussian())
+FINDERS = (
+    SVD(),
+    RandomizedSVD(),
+    WarmPowerIteration(),
+    RandomOrthogonal(),
+    RandomCoordinates(),
+    SeededGaussian(),
+)
 TRANSPORTS = (Keep(), Reset(), Rotate(), ProjectionAware())
-INNERS = (Adam(), Adam(convention="hf"), SGD(), SGD(0.9, nesterov=True), Lion(), Adafactor(), Adafactor(0.9), Muon())
+INNERS = (
+    Adam(),
+    Adam(convention="hf"),
+    SGD(),
+    SGD(0.9, nesterov=True),
+    Lion(),
+    Adafactor(),
+    Adafactor(0.9),
+    Muon(),
+)
 ENDS = (
     (Lift(), Discard()),
     (Lift(0.5), NormScaled()),
@@ -348,7 +378,14 @@ def test_every_legal_combination_of_parts_takes_steps_and_every_other_is_refused
         for step in range(1, 4):
             weight.grad, bias.grad = gradient(step, 6, 9).float(), gradient(step, 5).float()
             optimizer.step()
-        assert weight.isfinite().all() and bias.isfinite().all(), (finder, transport, inner, output, remainder, side)
+        assert weight.isfinite().all() and bias.isfinite().all(), (
+            finder,
+            transport,
+            inner,
+            output,
+            remainder,
+            side,
+        )
     assert legal > 1000 and refused > 1000
 
 
@@ -359,7 +396,10 @@ def test_every_legal_combination_of_parts_takes_steps_and_every_other_is_refused
         ({"finder": SVD(), "proj_type": "entries"}, "SVD.*entries"),
         ({"finder": SVD(), "proj_type": "full", "remainder": NormScaled()}, "NormScaled.*full"),
         ({"finder": WarmPowerIteration(), "inner": SGD()}, "WarmPowerIteration.*SGD"),
-        ({"finder": SVD(), "output": RescaledGradient(), "remainder": Stateless()}, "RescaledGradient.*Stateless"),
+        (
+            {"finder": SVD(), "output": RescaledGradient(), "remainder": Stateless()},
+            "RescaledGradient.*Stateless",
+        ),
         ({"finder": SVD(), "transport": Rotate(), "inner": Adafactor(0.9)}, "Rotate.*Adafactor"),
         ({"remainder": NormScaled()}, "NormScaled needs a finder"),
         ({"finder": SVD(), "proj_type": "up"}, "proj_type='up'"),

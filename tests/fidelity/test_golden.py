@@ -1,7 +1,8 @@
-"""Every recipe against the recorded trajectories of the official implementations (float32, all recorded steps).
+"""Every recipe against the recorded trajectories of the official implementations (float32, all
+recorded steps).
 
-The gradients are recorded, too, and do not depend on the weights. Bases that an SVD leaves ambiguous or that come from a
-random generator are replayed from the recording.
+The gradients are recorded, too, and do not depend on the weights. Bases that an SVD leaves
+ambiguous or that come from a random generator are replayed from the recording.
 """
 
 from __future__ import annotations
@@ -16,11 +17,18 @@ import torch
 from safetensors import safe_open
 
 import subspan.optim as optim
+from subspan import linalg
 from subspan.optim.parts.activity import Blocks
+from subspan.subspaces import Seeded
 from subspan.subspaces.finders import Replay, WarmPowerIteration
 
 FOLDER = Path(__file__).parents[1] / "golden"
-PARAMETERS = ("bias", "wide", "tall", "square")  # the order in which the official seeds were handed out
+PARAMETERS = (
+    "bias",
+    "wide",
+    "tall",
+    "square",
+)  # the order in which the official seeds were handed out
 STEPS = 40
 
 GALORE = {"rank": 8, "update_proj_gap": 10, "lr": 1e-2}
@@ -47,7 +55,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "fira_adamw_alpha1": ("fira", {"alpha": 1.0, **GALORE}),
     "fira_adamw_alphafrac": ("fira", {"alpha": 0.25, **GALORE}),
     "frugal_galore_svd_sign": ("frugal", SVD),
-    "frugal_galore_svd_sgd": ("frugal", {"inactive_update_rule": "sgd", "inactive_lr_scale": 0.5, **SVD}),
+    "frugal_galore_svd_sgd": (
+        "frugal",
+        {"inactive_update_rule": "sgd", "inactive_lr_scale": 0.5, **SVD},
+    ),
     "frugal_galore_svd_sgdm": (
         "frugal",
         {
@@ -70,7 +81,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "frugal_galore_random_sign": ("frugal", {**FRUGAL, "projection": "random"}),
     "frugal_galore_randperm_sign": ("frugal", {**FRUGAL, "projection": "random"}),
     "frugal_coord_columns": ("frugal", {**FRUGAL, "projection": "columns"}),
-    "frugal_coord_columns_lion": ("frugal", {**FRUGAL, "projection": "columns", "inner": "lion", "betas": (0.9, 0.99), "lr": 1e-3}),
+    "frugal_coord_columns_lion": (
+        "frugal",
+        {**FRUGAL, "projection": "columns", "inner": "lion", "betas": (0.9, 0.99), "lr": 1e-3},
+    ),
     "frugal_coord_rows": ("frugal", {**FRUGAL, "projection": "rows", "inactive_lr_scale": 0.1}),
     "frugal_coord_randk": ("frugal", {**FRUGAL, "projection": "randk"}),
     "frugal_block_ascending": ("frugal", {"block_order": "ascending", **BLOCK}),
@@ -88,8 +102,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ldadamw_ef_svd": ("ldadam", {"finder": WarmPowerIteration(exact=True), **LDADAM}),
 }
 
-# Why some need more than 2e-6: "full" divides by near-zero off-diagonal entries in its first step; LDAdam's variance
-# transport amplifies rounding. Both figures are those of an independent re-implementation.
+# Why some need more than 2e-6: "full" divides by near-zero off-diagonal entries in its first step;
+# LDAdam's variance transport amplifies rounding. Both figures are those of an independent
+# re-implementation.
 TOLERANCE = {
     "galore_adamw_full": 4e-6,
     "ldadamw_ef": 5e-5,
@@ -101,7 +116,8 @@ TOLERANCE = {
 def load(name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     with safe_open(FOLDER / f"{name}.safetensors", "pt") as file:
         spec = (file.metadata() or {}).get("spec", "{}")
-        return {key: file.get_tensor(key) for key in file.keys()}, json.loads(spec)
+        names = list(file.keys())
+        return {name: file.get_tensor(name) for name in names}, json.loads(spec)
 
 
 @pytest.fixture(scope="module")
@@ -126,11 +142,15 @@ def recorded_bases(recording: dict[str, torch.Tensor]) -> dict[str, dict[int, An
     return bases
 
 
-def build(name: str, weights: dict[str, torch.nn.Parameter], recording: dict[str, torch.Tensor]) -> Any:
+def build(
+    name: str, weights: dict[str, torch.nn.Parameter], recording: dict[str, torch.Tensor]
+) -> Any:
     method, options = CASES[name]
     options = dict(options)
     bases = recorded_bases(recording)
-    replayed = options.get("finder") == "replay" or ("finder" not in options and method in ("galore", "fira"))
+    replayed = options.get("finder") == "replay" or (
+        "finder" not in options and method in ("galore", "fira")
+    )
     if replayed or (method == "frugal" and options["projection"] != "block"):
         options["finder"] = Replay(bases)
     return optim.build(method, list(weights.items()), **options)
@@ -164,3 +184,30 @@ def test_recipe_equals_the_official_trajectory(
                 assert difference <= TOLERANCE.get(name, 2e-6), (parameter, step, difference)
                 compared += 1
     assert compared == 24
+
+
+def test_accumulation_in_a_seeded_subspace_equals_the_official_one(
+    inputs: dict[str, torch.Tensor],
+) -> None:
+    """Flora's compressed gradient accumulation: sums of projections, lifted every 4 micro-steps."""
+    recording, spec = load("flora_accumulation")
+    compared = 0
+    for parameter in ("wide", "tall", "square"):
+        seed = int(spec["seeds"][parameter][0])
+        total = None
+        for step in range(1, STEPS + 1):
+            gradient = inputs[f"grad/{step:02d}/{parameter}"] / 4
+            m, n = gradient.shape
+            side = "left" if m < n else "right"
+            # The accumulator draws straight from the seed: (r, m) on the left, (n, r) on the right.
+            size, kind = (m, "gaussian_rows") if side == "left" else (n, "gaussian")
+            subspace = Seeded(side, size, 8, seed, distribution=kind)
+            projected = subspace.project(gradient)
+            total = projected if total is None else total + projected
+            if step % 4 == 0:
+                expected = recording.get(f"accgrad/{parameter}/step{step:02d}")
+                if expected is not None:
+                    torch.testing.assert_close(subspace.lift(total), expected, rtol=0, atol=2e-6)
+                    compared += 1
+                seed, total = linalg.next_seed(seed), None
+    assert compared > 0

@@ -1,9 +1,11 @@
-"""Cut the recorded trajectories of the official implementations down to what the fidelity tests compare.
+"""Cut the recorded trajectories of the official implementations down to what the fidelity tests
+compare.
 
     python tests/golden/reduce.py FOLDER_WITH_THE_FULL_RECORDINGS
 
-Kept are the weights at every recorded step, the bases (or indices, or activity flags) as float32 or int16, and the
-metadata "spec". `inputs.safetensors` holds the initial weights and the 40 gradients that all recordings share.
+Kept are the weights at every recorded step, the bases (or indices, or activity flags) as float32 or
+int16, and the metadata "spec". `inputs.safetensors` holds the initial weights and the 40 gradients
+that all recordings share.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 KEPT = (
-    "torch_adamw", "galore_adamw_*", "galore_adafactor*", "galore_adamw8bit_states32", "fira_*", "frugal_*",
-    "flora", "flora_scaleparam", "flora_accumulation", "apollo_*", "ldadamw_*",
+    "torch_adamw", "galore_adamw_*", "galore_adafactor*", "galore_adamw8bit_states32", "fira_*",
+    "frugal_*", "flora", "flora_scaleparam", "flora_accumulation", "apollo_*", "ldadamw_*",
 )  # fmt: skip
 
 
@@ -29,11 +31,9 @@ def main(source: Path, target: Path) -> None:
         if not kept and path.stem != "inputs":
             continue
         with safe_open(path, "pt") as file:
-            names = [
-                name
-                for name in file.keys()
-                if path.stem == "inputs" or name.startswith(("weight/", "basis/", "accgrad/"))
-            ]
+            names = list(file.keys())
+            if path.stem != "inputs":
+                names = [n for n in names if n.startswith(("weight/", "basis/", "accgrad/"))]
             if path.stem.startswith("ldadamw"):
                 names = [name for name in names if not name.startswith("basis/")]
             tensors = {name: file.get_tensor(name) for name in names}
@@ -41,7 +41,11 @@ def main(source: Path, target: Path) -> None:
         for name, tensor in tensors.items():
             if tensor.dtype == torch.int64:
                 tensors[name] = tensor.to(torch.int16)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target / path.name, metadata)
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            target / path.name,
+            metadata,
+        )
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-_CHUNK = 1 << 20
-"""Elements rounded at once: keeps every temporary at a few megabytes whatever the tensor's size."""
+_CHUNK = {"cpu": 1 << 16, "other": 1 << 22}
+"""Elements rounded at once: cache-sized on the CPU, few kernels elsewhere."""
 
 
 def stochastic_round_(target: Tensor, source: Tensor, generator: torch.Generator) -> Tensor:
@@ -17,8 +17,8 @@ def stochastic_round_(target: Tensor, source: Tensor, generator: torch.Generator
     Args:
         target: bfloat16, any shape.
         source: float32, the shape of `target`; not changed.
-        generator: on the device of `source`; advances by one 64-bit draw per four elements (more
-            precisely, per four of each block of 2**20).
+        generator: on the device of `source`; advances by one 64-bit draw per four elements
+            of each block that is rounded at once.
 
     Returns:
         `target`.
@@ -37,7 +37,8 @@ def stochastic_round_(target: Tensor, source: Tensor, generator: torch.Generator
             f"source must have the shape of target {tuple(target.shape)}, got {tuple(source.shape)}"
         )
     if target.is_contiguous() and source.is_contiguous():
-        parts = (torch.split(flat, _CHUNK) for flat in (target.view(-1), source.view(-1)))
+        size = _CHUNK.get(source.device.type, _CHUNK["other"])
+        parts = (torch.split(flat, size) for flat in (target.view(-1), source.view(-1)))
         chunks = zip(*parts, strict=True)
         for target_part, source_part in chunks:
             _round_chunk_(target_part, source_part, generator)

@@ -30,7 +30,7 @@ def check_rank(rank: int, size: int) -> None:
 
 def broadcast_batch(*shapes: Sequence[int]) -> tuple[int, ...]:
     """The leading dimensions to which those of several operands broadcast."""
-    return tuple(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
+    return tuple(torch.broadcast_shapes(*shapes))
 
 
 def side_size(x: Tensor, side: Side) -> int:

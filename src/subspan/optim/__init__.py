@@ -1,7 +1,7 @@
 """Subspace optimizers: one engine, one short recipe per published method.
 
-    optimizer = subspan.optim.GaLore(model.named_parameters(), lr=0.01, rank=128)
-    optimizer = subspan.optim.for_model(model, method="fira", lr=0.01, rank=128)
+optimizer = subspan.optim.GaLore(model.named_parameters(), lr=0.01, rank=128)
+optimizer = subspan.optim.for_model(model, method="fira", lr=0.01, rank=128)
 """
 
 from subspan.optim.composition import Composition

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 
 from subspan.optim.composition import Composition
 from subspan.optim.parts.inner import Rate
-from subspan.optim.parts.output import Update
+from subspan.optim.parts.output import MomentumLoss, Update
 from subspan.optim.parts.workspace import Workspace
 from subspan.subspaces.bases import Subspace
 
@@ -21,14 +24,16 @@ def apply_update(
     parts: Composition,
     work: Workspace,
 ) -> None:
-    """`W <- decay W - U`, or `decay (W - U)` where the inner optimizer decays after the step, in place.
+    """`W <- decay W - U`, or `decay (W - U)` where the inner optimizer decays after the step, in
+    place.
 
     Args:
         weight: `(..., m, n)`, or any shape without a subspace.
         update: the terms of U; overwritten.
         gradient: same shape as the weight.
         subspace: lifts the coordinates; None: they have full size already.
-        lr: learning rate, for the decay and for updates whose clipping comes before the learning rate.
+        lr: learning rate, for the decay and for updates whose clipping comes before the learning
+            rate.
         weight_decay: decay is `1 - lr * weight_decay`.
         parts: supplies `clip_rms` and the place of the decay.
         work: scratch memory.
@@ -40,14 +45,18 @@ def apply_update(
         return
     total = work.like(weight).zero_()
     _add(total, update, gradient, subspace, 1.0, 1.0)
-    dims = (-2, -1) if weight.dim() >= 2 else (-1,)
-    rms = total.square().mean(dims, keepdim=True).sqrt_()
+    rms = root_mean_square(total)
     total.mul_((rms / parts.clip_rms).clamp_(min=1.0).reciprocal_().mul_(lr * gain))
     weight.mul_(decay).add_(total)
 
 
 def _add(
-    target: Tensor, update: Update, gradient: Tensor, subspace: Subspace | None, decay: Rate, gain: Rate
+    target: Tensor,
+    update: Update,
+    gradient: Tensor,
+    subspace: Subspace | None,
+    decay: Rate,
+    gain: Rate,
 ) -> None:
     """`target <- decay * target - gain * U`."""
     whole = isinstance(decay, Tensor) or update.coordinates is None or subspace is None
@@ -70,3 +79,24 @@ def _add(
             target.add_(gradient, alpha=-scale)
     if update.extra is not None:
         target.sub_(update.extra.mul_(gain))
+    if update.loss is not None:
+        _add_loss(target, update.loss, update.rate * gain)
+
+
+def _add_loss(target: Tensor, loss: MomentumLoss, rate: Rate) -> None:
+    """`target <- target - rate * loss`; a rate that differs between matrices needs the loss in full
+    size."""
+    if not isinstance(rate, Tensor):
+        loss.add_to_(target, -rate)
+        return
+    total = target.new_zeros(target.shape)
+    loss.add_to_(total, 1.0)
+    target.sub_(total.mul_(rate))
+
+
+def root_mean_square(x: Tensor) -> Tensor:
+    """Of every matrix, `(..., 1, 1)`, or of a vector, `(1,)`; without a temporary of the size of
+    `x`."""
+    dims = (-2, -1) if x.dim() >= 2 else (-1,)
+    count = math.prod(x.shape[dim] for dim in dims)
+    return torch.linalg.vector_norm(x, dim=dims, keepdim=True).div_(math.sqrt(count))

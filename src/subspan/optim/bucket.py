@@ -1,8 +1,10 @@
-"""A bucket: parameters of one group with equal shape, dtype, device and history, processed as one batch.
+"""A bucket: parameters of one group with equal shape, dtype, device and history, processed as one
+batch.
 
-Between steps states live per parameter in `optimizer.state[p]`. For a step a bucket presents them, the gradients and
-the weights in compute precision, batched over a leading dimension when there is more than one parameter. A single
-parameter whose tensors already are in compute precision is presented as it is, without any copy.
+Between steps states live per parameter in `optimizer.state[p]`. For a step a bucket presents them,
+the gradients and the weights in compute precision, batched over a leading dimension when there is
+more than one parameter. A single parameter whose tensors already are in compute precision is
+presented as it is, without any copy.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ import torch
 from torch import Tensor
 
 from subspan import linalg
-from subspan.optim.parts.storage import compute_dtype
 from subspan.optim.parts.workspace import Workspace
 from subspan.subspaces.layout import Layout
 
@@ -36,6 +37,7 @@ class Bucket:
         step: 1-based step about to be taken.
         age: steps since the moments started, this one included.
         due: whether a refresh is planned for this step.
+        blank: whether it is put off because the gradient is zero.
     """
 
     weights: list[Tensor]
@@ -45,20 +47,26 @@ class Bucket:
     step: int
     age: int
     due: bool = False
+    blank: bool = False
 
     def __post_init__(self) -> None:
         self.layout = self.layouts[0]
         self.device = self.weights[0].device
-        self.dtype = compute_dtype(self.weights[0].dtype)
+        self.dtype = linalg.compute_dtype(self.weights[0].dtype)
         self.single = len(self.weights) == 1
 
     def gather(self, tensors: list[Tensor], work: Workspace) -> Tensor:
-        """The tensors in the layout's view and compute precision; a view of the only one where possible."""
+        """The tensors in the layout's view and compute precision; a view of the only one where
+        possible."""
         view = self.layout.view
         if self.single:
             tensor = tensors[0].reshape(view)
             if tensor.dtype == self.dtype:
-                return tensor if tensor.is_contiguous() or len(view) < 2 else self._copy([tensor], work)
+                return (
+                    tensor
+                    if tensor.is_contiguous() or len(view) < 2
+                    else self._copy([tensor], work)
+                )
         return self._copy(tensors, work)
 
     def _copy(self, tensors: list[Tensor], work: Workspace) -> Tensor:
@@ -68,6 +76,10 @@ class Bucket:
             row.copy_(tensor.reshape(view))
         return batch[0] if self.single else batch
 
+    def owns(self, gathered: Tensor) -> bool:
+        """Whether what `gather` returned for the gradients is a copy that may be overwritten."""
+        return gathered.data_ptr() != self.gradients[0].data_ptr()
+
     def load(self) -> dict[str, Any]:
         """The states in compute precision; numbers become lists with one entry per parameter."""
         loaded: dict[str, Any] = {}
@@ -75,7 +87,9 @@ class Bucket:
             if not isinstance(first, Tensor):
                 loaded[name] = [state[name] for state in self.states]
             else:
-                stored = first if self.single else torch.stack([state[name] for state in self.states])
+                stored = (
+                    first if self.single else torch.stack([state[name] for state in self.states])
+                )
                 loaded[name] = stored.to(self.dtype) if stored.is_floating_point() else stored
         return loaded
 
@@ -86,7 +100,8 @@ class Bucket:
             loaded: what `load` returned, updated.
             bases: whether the basis changed and has to be written too.
             seed: of the optimizer's group, for stochastic rounding.
-            stochastic: round to bf16 at random rather than to nearest (bases are always rounded to nearest).
+            stochastic: round to bf16 at random rather than to nearest (bases are always rounded to
+                nearest).
         """
         for name, value in loaded.items():
             is_basis = name in BASIS_NAMES
@@ -99,7 +114,11 @@ class Bucket:
                     continue
                 new = value if self.single else value[row]
                 if new.data_ptr() != stored.data_ptr() or new.dtype != stored.dtype:
-                    draw = None if is_basis or not stochastic else self._generator(row, seed, ROUND_STATE)
+                    draw = (
+                        None
+                        if is_basis or not stochastic
+                        else self._generator(row, seed, ROUND_STATE)
+                    )
                     write(stored, new, draw)
 
     def write_weights(self, values: Tensor, seed: int, stochastic: bool) -> None:
@@ -112,14 +131,17 @@ class Bucket:
 
     def seeds(self, seed: int, purpose: int) -> list[int]:
         """One seed per parameter for this step and purpose."""
-        return [linalg.derive_seed(seed, layout.index, self.step, purpose) for layout in self.layouts]
+        return [
+            linalg.derive_seed(seed, layout.index, self.step, purpose) for layout in self.layouts
+        ]
 
     def _generator(self, row: int, seed: int, purpose: int) -> torch.Generator:
         return linalg.generator(self.seeds(seed, purpose)[row], self.device)
 
 
 def write(target: Tensor, value: Tensor, draw: torch.Generator | None) -> None:
-    """Copy `value` into `target`, rounding stochastically if the target is bf16 and a generator is given."""
+    """Copy `value` into `target`, rounding stochastically if the target is bf16 and a generator is
+    given."""
     if target.dtype == torch.bfloat16 and value.dtype == torch.float32 and draw is not None:
         linalg.stochastic_round_(target, value.reshape(target.shape), draw)
     else:
@@ -127,7 +149,8 @@ def write(target: Tensor, value: Tensor, draw: torch.Generator | None) -> None:
 
 
 def pieces(bucket: Bucket, length: int) -> list[Bucket]:
-    """Cut a bucket of one elementwise parameter into flat pieces, so that its temporaries stay small."""
+    """Cut a bucket of one elementwise parameter into flat pieces, so that its temporaries stay
+    small."""
     weight, gradient, state = bucket.weights[0], bucket.gradients[0], bucket.states[0]
     tensors = [value for value in state.values() if isinstance(value, Tensor)]
     flat = all(tensor.is_contiguous() for tensor in (weight, gradient, *tensors))
@@ -137,14 +160,23 @@ def pieces(bucket: Bucket, length: int) -> list[Bucket]:
     for number, start in enumerate(range(0, weight.numel(), length)):
         part = slice(start, start + length)
         size = min(length, weight.numel() - start)
-        # Pieces of one parameter must not draw the same rounding noise: the piece number joins the index.
+        # Pieces of one parameter must not draw the same rounding noise: the piece number joins the
+        # index.
         layout = replace(
             bucket.layout, view=(size,), index=linalg.derive_seed(bucket.layout.index, number)
         )
         sliced = {
-            name: value.view(-1)[part] if isinstance(value, Tensor) else value for name, value in state.items()
+            name: value.view(-1)[part] if isinstance(value, Tensor) else value
+            for name, value in state.items()
         }
         cut.append(
-            Bucket([weight.view(-1)[part]], [gradient.view(-1)[part]], [sliced], [layout], bucket.step, bucket.age)
+            Bucket(
+                [weight.view(-1)[part]],
+                [gradient.view(-1)[part]],
+                [sliced],
+                [layout],
+                bucket.step,
+                bucket.age,
+            )
         )
     return cut

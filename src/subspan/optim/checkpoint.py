@@ -1,4 +1,5 @@
-"""Optimizer checkpoints: plain tensors, numbers and text; checked as a whole before anything is loaded."""
+"""Optimizer checkpoints: plain tensors, numbers and text; checked as a whole before anything is
+loaded."""
 
 from __future__ import annotations
 
@@ -27,12 +28,14 @@ def load(optimizer: SubspaceOptimizer, state_dict: Mapping[str, Any]) -> None:
     """Replace the optimizer's hyper-parameters and state by a checkpoint's.
 
     Raises:
-        ValueError: if the checkpoint is not one of this method, these parameters, or these shapes. Nothing has
-            been changed then.
+        ValueError: if the checkpoint is not one of this method, these parameters, or these shapes.
+            Nothing has been changed then.
     """
     saved_groups = state_dict.get("param_groups")
     if not isinstance(saved_groups, list) or "state" not in state_dict:
-        raise ValueError("the checkpoint is not an optimizer state: it has no 'param_groups' and 'state'")
+        raise ValueError(
+            "the checkpoint is not an optimizer state: it has no 'param_groups' and 'state'"
+        )
     _check_groups(optimizer, saved_groups)
     before = [dict(group) for group in optimizer.param_groups]
     try:
@@ -52,7 +55,9 @@ def load(optimizer: SubspaceOptimizer, state_dict: Mapping[str, Any]) -> None:
 def _check_groups(optimizer: SubspaceOptimizer, saved_groups: list[dict[str, Any]]) -> None:
     own = optimizer.param_groups
     if len(saved_groups) != len(own):
-        raise ValueError(f"the checkpoint has {len(saved_groups)} param groups, the optimizer {len(own)}")
+        raise ValueError(
+            f"the checkpoint has {len(saved_groups)} param groups, the optimizer {len(own)}"
+        )
     for number, (group, saved) in enumerate(zip(own, saved_groups, strict=True)):
         if saved.get("method") != group["method"]:
             raise ValueError(
@@ -68,11 +73,14 @@ def _check_groups(optimizer: SubspaceOptimizer, saved_groups: list[dict[str, Any
         if names and saved_names and names != saved_names:
             other = next((a, b) for a, b in zip(saved_names, names, strict=True) if a != b)
             raise ValueError(
-                f"param group {number} holds {other[0]!r} in the checkpoint where the optimizer has {other[1]!r}"
+                f"param group {number} holds {other[0]!r} in the checkpoint where the optimizer "
+                f"has {other[1]!r}"
             )
         for key, value in group.items():
             if is_dataclass(value) and saved.get(key) != repr(value):
-                raise ValueError(f"{key} is {saved.get(key)} in the checkpoint, {value!r} in the optimizer")
+                raise ValueError(
+                    f"{key} is {saved.get(key)} in the checkpoint, {value!r} in the optimizer"
+                )
 
 
 def _matched_state(
@@ -95,16 +103,24 @@ def _matched_state(
                 state[name] = value
                 continue
             if name not in declared:
-                raise ValueError(f"the checkpoint holds {name!r} for parameter {layout.name!r}, which this method does not keep")
+                raise ValueError(
+                    f"the checkpoint holds {name!r} for parameter {layout.name!r}, which this "
+                    "method does not keep"
+                )
             shape = layout.shape(declared[name].shape)
             if tuple(value.shape) != shape:
                 raise ValueError(
-                    f"{name!r} of parameter {layout.name!r} has shape {tuple(value.shape)} in the checkpoint, {shape} "
+                    f"{name!r} of parameter {layout.name!r} has shape {tuple(value.shape)} in the "
+                    f"checkpoint, {shape} "
                     "in this optimizer: rank, side or model differ"
                 )
             dtype = parts.storage.dtype(declared[name], parameter.dtype)
             target = torch.zeros_like(parameter, dtype=dtype) if shape == parameter.shape else None
-            copy = torch.empty(shape, dtype=dtype, device=parameter.device) if target is None else target
+            copy = (
+                torch.empty(shape, dtype=dtype, device=parameter.device)
+                if target is None
+                else target
+            )
             state[name] = copy.copy_(value)
         missing = [name for name in declared if name not in state]
         if missing and "period" not in state:

@@ -26,7 +26,8 @@ class Composition:
     Args:
         inner: runs on the coordinates.
         plain: runs on parameters that are not projected; the inner optimizer if None.
-        finder: where the subspace comes from; None: no subspace, the inner optimizer sees the whole gradient.
+        finder: where the subspace comes from; None: no subspace, the inner optimizer sees the whole
+            gradient.
         rank: dimension of the subspace, or a fraction of the smaller dimension.
         proj_type: which side is projected: std, reverse_std, left, right, full or entries.
         tie: the side that "std" takes for square matrices.
@@ -36,8 +37,10 @@ class Composition:
         remainder: what is done with the residual.
         normaliser: scaling of the gradient before it is projected.
         activity: which projected parameters take part.
-        lr_scale: factor on the learning rate of projected parameters (weight decay keeps the unscaled one).
-        parameter_scale: if given, the learning rate is multiplied with `max(parameter_scale, rms(W))`.
+        lr_scale: factor on the learning rate of projected parameters (weight decay keeps the
+            unscaled one).
+        parameter_scale: if given, the learning rate is multiplied with `max(parameter_scale,
+            rms(W))`.
         clip_rms: if given, the full-size update is divided by `max(1, rms(update) / clip_rms)`.
         storage: formats of the state.
 
@@ -67,7 +70,8 @@ class Composition:
             check_rank(self.rank)
         if self.proj_type not in PROJECTION_TYPES:
             raise ValueError(
-                f"proj_type={self.proj_type!r} is not known: use one of {', '.join(PROJECTION_TYPES)}"
+                f"proj_type={self.proj_type!r} is not known: use one of "
+                f"{', '.join(PROJECTION_TYPES)}"
             )
         for complaint in self._disagreements():
             raise ValueError(complaint)
@@ -79,34 +83,85 @@ class Composition:
         entries = self.proj_type == "entries"
         if finder is None:
             if not isinstance(self.output, Lift):
-                found.append("output RescaledGradient needs a finder: without a subspace there is nothing to compare")
-            if not isinstance(self.remainder, Discard) and self.activity is None and self.normaliser is None:
-                found.append(f"remainder {_name(self.remainder)} needs a finder: without one nothing is left over")
+                found.append(
+                    "output RescaledGradient needs a finder: without a subspace there is nothing "
+                    "to compare"
+                )
+            if (
+                not isinstance(self.remainder, Discard)
+                and self.activity is None
+                and self.normaliser is None
+            ):
+                found.append(
+                    f"remainder {_name(self.remainder)} needs a finder: without one nothing is "
+                    "left over"
+                )
             return found
         if self.activity is not None:
-            found.append("activity Blocks works on whole tensors and cannot be combined with a finder")
+            found.append(
+                "activity Blocks works on whole tensors and cannot be combined with a finder"
+            )
         if two_sided and not finder.supports_both_sides:
-            found.append(f"finder {_name(finder)} has no two-sided form, which proj_type='full' asks for")
+            found.append(
+                f"finder {_name(finder)} has no two-sided form, which proj_type='full' asks for"
+            )
         if entries and finder.form != "coordinates":
-            found.append(f"finder {_name(finder)} cannot choose entries, which proj_type='entries' asks for")
+            found.append(
+                f"finder {_name(finder)} cannot choose entries, which proj_type='entries' asks for"
+            )
         if (two_sided or entries) and self.remainder.one_sided:
-            found.append(f"remainder {_name(self.remainder)} scales columns or rows; proj_type={self.proj_type!r} has neither")
-        if (two_sided or entries) and isinstance(self.output, RescaledGradient) and self.output.granularity == "channel":
-            found.append(f"output RescaledGradient('channel') needs one projected side, not proj_type={self.proj_type!r}")
+            found.append(
+                f"remainder {_name(self.remainder)} scales columns or rows; "
+                f"proj_type={self.proj_type!r} has neither"
+            )
+        if (
+            (two_sided or entries)
+            and isinstance(self.output, RescaledGradient)
+            and self.output.granularity == "channel"
+        ):
+            found.append(
+                "output RescaledGradient('channel') needs one projected side, not "
+                f"proj_type={self.proj_type!r}"
+            )
         if not self.output.lifts and not isinstance(self.remainder, Discard):
-            found.append(f"output RescaledGradient never lifts, so remainder {_name(self.remainder)} has no residual")
+            found.append(
+                f"output RescaledGradient never lifts, so remainder {_name(self.remainder)} has no "
+                "residual"
+            )
         if entries and self.transport.moves:
-            found.append(f"transport {_name(self.transport)} needs a change of basis, which proj_type='entries' does not define")
+            found.append(
+                f"transport {_name(self.transport)} needs a change of basis, which "
+                "proj_type='entries' does not define"
+            )
         if entries and self.inner.needs_matrix:
-            found.append(f"inner {_name(self.inner)} needs matrices; the coordinates of proj_type='entries' are a vector")
+            found.append(
+                f"inner {_name(self.inner)} needs matrices; the coordinates of proj_type='entries' "
+                "are a vector"
+            )
         if finder.reads_momentum and self.inner.first_moment is None:
-            found.append(f"finder {_name(finder)} reads a first moment, which inner {_name(self.inner)} does not keep")
+            found.append(
+                f"finder {_name(finder)} reads a first moment, which inner {_name(self.inner)} "
+                "does not keep"
+            )
         if self.transport.moves and self.inner.first_moment is None:
-            found.append(f"transport {_name(self.transport)} has nothing to move: inner {_name(self.inner)} keeps no moment")
+            found.append(
+                f"transport {_name(self.transport)} has nothing to move: inner {_name(self.inner)} "
+                "keeps no moment"
+            )
         if self.transport.moves and type(self.inner).__name__ == "Adafactor":
-            found.append(f"transport {_name(self.transport)} cannot move inner Adafactor's factored second moment")
-        if self.clip_rms is not None and isinstance(self.remainder, Stateless) and self.remainder.rule == "sign":
-            found.append("clip_rms rescales the whole update and cannot be combined with remainder Stateless('sign')")
+            found.append(
+                f"transport {_name(self.transport)} cannot move inner Adafactor's factored second "
+                "moment"
+            )
+        if (
+            self.clip_rms is not None
+            and isinstance(self.remainder, Stateless)
+            and self.remainder.rule == "sign"
+        ):
+            found.append(
+                "clip_rms rescales the whole update and cannot be combined with remainder "
+                "Stateless('sign')"
+            )
         return found
 
     def parts_for(self, layout: Layout) -> Composition:
@@ -117,7 +172,8 @@ class Composition:
 
     @cached_property
     def plain_matrices(self) -> Composition:
-        """The composition for matrices that are not projected: the same inner optimizer, plainly."""
+        """The composition for matrices that are not projected: the same inner optimizer,
+        plainly."""
         return replace(
             self,
             inner=self.plain or self.inner,
@@ -132,7 +188,8 @@ class Composition:
 
     @cached_property
     def plain_vectors(self) -> Composition:
-        """The same for vectors and scalars, which inner optimizers of matrices hand to their fallback."""
+        """The same for vectors and scalars, which inner optimizers of matrices hand to their
+        fallback."""
         return replace(self.plain_matrices, inner=self.plain_matrices.inner.fallback())
 
     def declarations(self, layout: Layout) -> tuple[StateDeclaration, ...]:
@@ -149,9 +206,15 @@ class Composition:
 
     @property
     def elementwise(self) -> bool:
-        """Whether the update of an entry depends on that entry alone, so that tensors may be cut anywhere."""
+        """Whether the update of an entry depends on that entry alone, so that tensors may be cut
+        anywhere."""
         whole = self.finder is None and self.normaliser is None and self.activity is None
-        return whole and self.inner.elementwise and self.parameter_scale is None and self.clip_rms is None
+        return (
+            whole
+            and self.inner.elementwise
+            and self.parameter_scale is None
+            and self.clip_rms is None
+        )
 
     @property
     def reads_momentum_loss(self) -> bool:

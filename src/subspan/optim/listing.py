@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 
 def state_bytes(optimizer: SubspaceOptimizer) -> dict[str, int]:
-    """Bytes of all state tensors by kind, and their "total". Step counts and seeds are numbers, not tensors."""
+    """Bytes of all state tensors by kind, and their "total". Step counts and seeds are numbers, not
+    tensors."""
     sizes: dict[str, int] = {}
     for parameter, state in optimizer.state.items():
         declared = optimizer.parts_of(parameter).declarations(optimizer.layout_of(parameter))
@@ -25,7 +26,8 @@ def state_bytes(optimizer: SubspaceOptimizer) -> dict[str, int]:
 
 
 def declared_bytes(optimizer: SubspaceOptimizer, parameter: Tensor) -> dict[str, int]:
-    """Bytes by kind that a parameter's state takes once it has had a gradient; known before the first step."""
+    """Bytes by kind that a parameter's state takes once it has had a gradient; known before the
+    first step."""
     layout, parts = optimizer.layout_of(parameter), optimizer.parts_of(parameter)
     sizes: dict[str, int] = {}
     for item in parts.declarations(layout):
@@ -50,6 +52,9 @@ def summary(optimizer: SubspaceOptimizer) -> str:
         rows.append((layout.name, shape, side, str(layout.rank or "-"), f"{size:,}"))
     rows.append(("total", "", "", "", f"{total:,}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    ]
     rule = "-" * len(lines[0])
     return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])

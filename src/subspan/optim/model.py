@@ -34,7 +34,8 @@ def for_model(
         options: hyper-parameters of the recipe.
 
     Raises:
-        ValueError: for an unknown method, a value that is not allowed, or a pattern that matches nothing.
+        ValueError: for an unknown method, a value that is not allowed, or a pattern that matches
+            nothing.
         TypeError: for an option that the recipe does not have.
     """
     groups = param_groups_for_model(model, project=project, exclude=exclude)

@@ -1,8 +1,9 @@
 """The registry of recipes: name -> constructor, paper, defaults, parts.
 
-A recipe is a function with explicit keyword arguments and the paper's defaults that returns a `Composition`. The decorator
-turns it into a constructor, a subclass of `SubspaceOptimizer` with that signature, and registers it. Listings,
-docs/METHODS.md and the contract tests are generated from the registry.
+A recipe is a function with explicit keyword arguments and the paper's defaults that returns a
+`Composition`. The decorator turns it into a constructor, a subclass of `SubspaceOptimizer` with
+that signature, and registers it. Listings, docs/METHODS.md and the contract tests are generated
+from the registry.
 """
 
 from __future__ import annotations
@@ -97,7 +98,9 @@ class Recipe:
             if not isinstance(group[name], bool):
                 raise ValueError(f"{name}={group[name]!r} must be True or False")
         if group["nonfinite"] not in ("raise", "skip", "ignore"):
-            raise ValueError(f"nonfinite={group['nonfinite']!r} must be 'raise', 'skip' or 'ignore'")
+            raise ValueError(
+                f"nonfinite={group['nonfinite']!r} must be 'raise', 'skip' or 'ignore'"
+            )
         if not isinstance(group["seed"], int) or group["seed"] < 0:
             raise ValueError(f"seed={group['seed']!r} must be an integer of at least 0")
         if group.get("rank") is not None:
@@ -144,7 +147,15 @@ def recipe(
         defaults: dict[str, Any] = {"method": name, "lr": lr, "weight_decay": weight_decay}
         defaults |= {key: parameter.default for key, parameter in own.items()} | ENGINE_OPTIONS
         entry = Recipe(
-            name, function.__name__, paper, function, defaults, tuple(own), memory, evidence, departures
+            name,
+            function.__name__,
+            paper,
+            function,
+            defaults,
+            tuple(own),
+            memory,
+            evidence,
+            departures,
         )
         made = _constructor(entry)
         _RECIPES[name] = made.recipe
@@ -161,7 +172,7 @@ def _constructor(entry: Recipe) -> type[SubspaceOptimizer]:
 
     function = entry.function
     body = {"__init__": construct, "__doc__": function.__doc__, "__module__": function.__module__}
-    made = type(entry.title, (SubspaceOptimizer,), body)
+    made: type[SubspaceOptimizer] = type(entry.title, (SubspaceOptimizer,), body)
     shown = [
         inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=value)
         for key, value in entry.defaults.items()
@@ -190,7 +201,8 @@ Composed = _constructor(
         title="Composed",
         paper="",
         function=_composed,
-        defaults={"method": "composed", "lr": 1e-3, "weight_decay": 0.0, "composition": None} | ENGINE_OPTIONS,
+        defaults={"method": "composed", "lr": 1e-3, "weight_decay": 0.0, "composition": None}
+        | ENGINE_OPTIONS,
         own=("composition",),
         memory="as its parts declare",
         evidence=(),
@@ -235,4 +247,3 @@ def build(name: str, params: Parameters, **options: Any) -> SubspaceOptimizer:
     constructor = lookup(name).constructor
     assert constructor is not None
     return constructor(params, **options)
-

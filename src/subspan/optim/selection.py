@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-# Token and position embeddings, output heads and norms, by the names that the common architectures use.
+# Token and position embeddings, output heads and norms, by the names that the common architectures
+# use.
 _KEPT_WHOLE = re.compile(
     r"(^|[._])(embed\w*|embeddings?|wte|wpe|lm_head|head|heads|classifier|score|output_projection"
     r"|\w*norm\w*|ln(_\w+|\d+)?|bn\d*|pos_emb\w*)(?=[._]|$)"
@@ -17,7 +18,8 @@ _KEPT_WHOLE = re.compile(
 
 
 def is_projected_by_name(name: str) -> bool:
-    """Whether a weight of that name belongs to the blocks (and not to an embedding, an output head or a norm)."""
+    """Whether a weight of that name belongs to the blocks (and not to an embedding, an output head
+    or a norm)."""
     return _KEPT_WHOLE.search(name) is None
 
 
@@ -28,19 +30,21 @@ def param_groups_for_model(
 ) -> list[dict[str, Any]]:
     """Two param groups: the matrices to project, and everything else with `project=False`.
 
-    Projected are the weights of linear and convolution layers (and attention's packed input projections) except
-    embeddings, output heads (by name, or tied to an embedding) and norms. Three-dimensional weights
-    that belong to neither kind of layer are taken for stacked experts and projected matrix by matrix, in a
-    group of their own. Frozen parameters are left out; a tied weight appears once.
+    Projected are the weights of linear and convolution layers (and attention's packed input
+    projections) except embeddings, output heads (by name, or tied to an embedding) and norms.
+    Three-dimensional weights that belong to neither kind of layer are taken for stacked experts and
+    projected matrix by matrix, in a group of their own. Frozen parameters are left out; a tied
+    weight appears once.
 
     Args:
         model: any module.
-        project: regular expressions; if given, exactly the weights of two or more dimensions whose name one of them
-            matches (anywhere) are projected.
+        project: regular expressions; if given, exactly the weights of two or more dimensions whose
+            name one of them matches (anywhere) are projected.
         exclude: regular expressions; weights whose name one of them matches are not projected.
 
     Raises:
-        ValueError: if a pattern is no regular expression, matches no parameter, or nothing can be trained.
+        ValueError: if a pattern is no regular expression, matches no parameter, or nothing can be
+            trained.
     """
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trainable:
@@ -56,7 +60,9 @@ def param_groups_for_model(
         else:
             kind = kinds.get(id(parameter), "expert" if parameter.dim() == 3 else "other")
             wanted = wanted and kind in ("layer", "expert") and is_projected_by_name(name)
-        if exclude_patterns is not None and any(pattern.search(name) for pattern in exclude_patterns):
+        if exclude_patterns is not None and any(
+            pattern.search(name) for pattern in exclude_patterns
+        ):
             wanted = False
         if not wanted:
             others.append((name, parameter))
@@ -74,8 +80,10 @@ def param_groups_for_model(
 
 
 def _layer_kinds(model: nn.Module) -> dict[int, str]:
-    """id of parameter -> "layer" or "embedding"; an embedding wins over a layer that shares its weight."""
-    # transformers' Conv1D is a linear layer with a transposed weight; it is recognised by name to avoid the import.
+    """id of parameter -> "layer" or "embedding"; an embedding wins over a layer that shares its
+    weight."""
+    # transformers' Conv1D is a linear layer with a transposed weight; it is recognised by name to
+    # avoid the import.
     kinds: dict[int, str] = {}
     for module in model.modules():
         convolution = isinstance(module, nn.modules.conv._ConvNd)
@@ -102,9 +110,12 @@ def _patterns(
         try:
             compiled.append(re.compile(pattern))
         except re.error as error:
-            raise ValueError(f"{argument}={pattern!r} is not a regular expression: {error}") from error
+            raise ValueError(
+                f"{argument}={pattern!r} is not a regular expression: {error}"
+            ) from error
         if not any(compiled[-1].search(name) for name, _ in named):
             raise ValueError(
-                f"{argument}={pattern!r} matches no trainable parameter; names look like {named[0][0]!r}"
+                f"{argument}={pattern!r} matches no trainable parameter; names look like "
+                f"{named[0][0]!r}"
             )
     return compiled

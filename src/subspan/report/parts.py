@@ -8,7 +8,7 @@ from typing import Any
 
 from subspan.report.runs import Run
 from subspan.report.words import bytes_text, change_text, count_text, seconds_text
-from subspan.train.compare import same_inputs
+from subspan.train.comparison import same_inputs
 
 Colours = Mapping[str, str]
 

@@ -1,8 +1,8 @@
 """Finders: where a subspace comes from.
 
-A finder is a small frozen object. It says which kind of basis it produces (`form`), from which the state
-that holds the basis follows, and estimates a subspace from a gradient, the moments, a seed or nothing.
-All finders work on batches `(..., m, n)`.
+A finder is a small frozen object. It says which kind of basis it produces (`form`), from which the
+state that holds the basis follows, and estimates a subspace from a gradient, the moments, a seed or
+nothing. All finders work on batches `(..., m, n)`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from subspan.subspaces.bases import (
     Coordinates,
     Dense,
     Entries,
+    OneSided,
     Seeded,
     Subspace,
     TwoSided,
@@ -29,6 +30,7 @@ from subspan.subspaces.layout import Layout, StateDeclaration
 
 State = dict[str, Any]
 Form = Literal["dense", "gaussian", "seeded", "coordinates"]
+OneSide = Literal["left", "right"]
 
 
 @dataclass
@@ -40,8 +42,8 @@ class Sight:
         layout: layout shared by the bucket (shapes, side, rank).
         layouts: one layout per parameter of the bucket, for names and positions.
         previous: the subspace in force until now; None at the first refresh.
-        momentum: the first moment lifted to `(..., m, n)` with its bias corrected; only for finders
-            that set `reads_momentum`, and None at the first refresh.
+        momentum: the first moment in coordinates of `previous`, its bias corrected; only for
+            finders that set `reads_momentum`, and None before there is one.
         seeds: one seed per parameter, different at every refresh.
         state: the stored values of the bucket ("seed" as a list with one entry per parameter).
         step: the parameter's step, 1-based.
@@ -57,13 +59,15 @@ class Sight:
     step: int
 
     def draw(self, sample: Callable[[int], Tensor]) -> Tensor:
-        """Call `sample(seed)` for every matrix and stack the results to the gradient's leading dimensions."""
+        """Call `sample(seed)` for every matrix and stack the results to the gradient's leading
+        dimensions."""
         drawn = torch.stack([sample(seed) for seed in matrix_seeds(self.seeds, self.layout)])
         return drawn.view(*self.gradient.shape[:-2], *drawn.shape[1:]).to(self.gradient.device)
 
 
 def matrix_seeds(seeds: Sequence[int], layout: Layout) -> tuple[int, ...]:
-    """One seed per matrix: the parameter's own, or derived ones for the matrices of a stacked parameter."""
+    """One seed per matrix: the parameter's own, or derived ones for the matrices of a stacked
+    parameter."""
     count = math.prod(layout.view[:-2])
     if len(layout.view) == 2:
         return tuple(seeds)
@@ -114,7 +118,9 @@ class Finder:
             return {"basis": subspace.basis}
         raise TypeError(f"a finder cannot return a subspace of kind {type(subspace).__name__}")
 
-    def unpack(self, state: State, layout: Layout, dtype: torch.dtype, device: torch.device) -> Subspace:
+    def unpack(
+        self, state: State, layout: Layout, dtype: torch.dtype, device: torch.device
+    ) -> Subspace:
         """The subspace that the stored values of a bucket describe."""
         side = layout.side
         if self.form == "seeded":
@@ -122,45 +128,47 @@ class Finder:
         if self.form == "coordinates":
             index = state["index"].long()
             if side == "entries":
-                return Entries(index, layout.view[-2:])
-            return Coordinates(side, index, layout.view[-2 if side == "left" else -1])
+                return Entries(index, layout.matrix)
+            return Coordinates(layout.one_side, index, layout.side_size)
         if side == "both":
             return TwoSided(state["basis_left"], state["basis_right"])
-        return Dense(side, state["basis"], orthonormal=self.form == "dense")
+        return Dense(layout.one_side, state["basis"], orthonormal=self.form == "dense")
 
     def _seeded(
         self, seeds: Sequence[int], layout: Layout, dtype: torch.dtype, device: torch.device
     ) -> Subspace:
         raise TypeError(f"{type(self).__name__} has no seeded basis")
 
-    def _each_side(self, sight: Sight, basis: Callable[[str], Tensor]) -> Subspace:
+    def _each_side(self, sight: Sight, basis: Callable[[OneSide], Tensor]) -> Subspace:
         """A dense subspace from a function of the side, signs aligned with the previous basis.
 
-        Singular vectors have no sign of their own. Alignment makes the result independent of the one that
-        the linear algebra library happens to return, so moments that are kept over a refresh are not
-        mirrored at random.
+        Singular vectors have no sign of their own. Alignment makes the result independent of the
+        one that the linear algebra library happens to return, so moments that are kept over a
+        refresh are not mirrored at random.
         """
-        side = sight.layout.side
-        if side == "both":
+        if sight.layout.side == "both":
             left, right = basis("left"), basis("right")
             if isinstance(sight.previous, TwoSided):
                 left = align_signs(left, sight.previous.left)
                 right = align_signs(right, sight.previous.right)
             return TwoSided(left, right)
-        found = basis(side)  # type: ignore[arg-type]
+        found = basis(sight.layout.one_side)
         if isinstance(sight.previous, Dense):
             found = align_signs(found, sight.previous.basis)
-        return Dense(side, found)
+        return Dense(sight.layout.one_side, found)
 
 
 @dataclass(frozen=True)
 class SVD(Finder):
-    """The leading singular vectors of the gradient, exactly (GaLore, Zhao et al. 2024, arXiv 2403.03507)."""
+    """The leading singular vectors of the gradient, exactly (GaLore, Zhao et al. 2024, arXiv
+    2403.03507)."""
 
     def find(self, sight: Sight) -> Subspace:
         rank = sight.layout.rank
         if sight.layout.side == "both":
-            bases = dict(zip(("left", "right"), linalg.top_bases(sight.gradient, rank), strict=True))
+            bases = dict(
+                zip(("left", "right"), linalg.top_bases(sight.gradient, rank), strict=True)
+            )
             return self._each_side(sight, bases.__getitem__)
         return self._each_side(
             sight, lambda side: linalg.top_basis(sight.gradient, rank, side=side, method="svd")
@@ -169,11 +177,12 @@ class SVD(Finder):
 
 @dataclass(frozen=True)
 class RandomizedSVD(Finder):
-    """Leading singular vectors by randomised subspace iteration, warm-started from the previous basis.
+    """Leading singular vectors by randomised subspace iteration, warm-started from the previous
+    basis.
 
-    Halko, Martinsson, Tropp: Finding structure with randomness, 2011, arXiv 0909.4061. The first refresh starts
-    from a Gaussian sketch, later ones from the previous basis completed by `oversampling` fresh Gaussian
-    columns, so that directions the old basis does not see can enter.
+    Halko, Martinsson, Tropp: Finding structure with randomness, 2011, arXiv 0909.4061. The first
+    refresh starts from a Gaussian sketch, later ones from the previous basis completed by
+    `oversampling` fresh Gaussian columns, so that directions the old basis does not see can enter.
 
     Args:
         oversampling: extra sketch columns.
@@ -191,13 +200,17 @@ class RandomizedSVD(Finder):
         *_, m, n = sight.gradient.shape
         rank = sight.layout.rank
 
-        def basis(side: str) -> Tensor:
+        def basis(side: OneSide) -> Tensor:
             d = m if side == "left" else n
             previous = _basis_of(sight.previous, side)
             extra = min(self.oversampling, min(m, n) - rank)
             columns = extra if previous is not None else rank + extra
-            rounds = self.power_iterations if previous is None else max(0, self.power_iterations - 1)
-            sketch = sight.draw(lambda seed: linalg.gaussian(seed, (d, columns), sight.gradient.dtype))
+            rounds = (
+                self.power_iterations if previous is None else max(0, self.power_iterations - 1)
+            )
+            sketch = sight.draw(
+                lambda seed: linalg.gaussian(seed, (d, columns), sight.gradient.dtype)
+            )
             if previous is not None:
                 # Unit-norm columns, so that the fresh directions weigh as much as the old ones.
                 sketch = torch.cat([previous.to(sketch.dtype), sketch / d**0.5], dim=-1)
@@ -212,9 +225,10 @@ class RandomizedSVD(Finder):
 class WarmPowerIteration(Finder):
     """One step of block power iteration from the previous basis, followed by QR (LDAdam).
 
-    Robert et al.: LDAdam: Adaptive Optimization from Low-Dimensional Gradient Statistics, 2024, arXiv 2410.16103.
-    The matrix that is iterated on blends the lifted first moment with the gradient:
-    `b = blend * momentum + (1 - blend) * gradient`; left: `Q = orth(b (b^T Q_old))`. The first basis is exact.
+    Robert et al.: LDAdam: Adaptive Optimization from Low-Dimensional Gradient Statistics, 2024,
+    arXiv 2410.16103. The matrix that is iterated on blends the lifted first moment with the
+    gradient: `b = blend * momentum + (1 - blend) * gradient`; left: `Q = orth(b (b^T Q_old))`. The
+    first basis is exact.
 
     Args:
         blend: weight of the momentum, in [0, 1).
@@ -230,22 +244,34 @@ class WarmPowerIteration(Finder):
             raise ValueError(f"blend={self.blend!r} must lie in [0, 1)")
 
     def find(self, sight: Sight) -> Subspace:
-        rank = sight.layout.rank
-        blended = sight.gradient
-        if sight.momentum is not None:
-            blended = torch.lerp(sight.gradient, sight.momentum, self.blend)
-
-        def basis(side: str) -> Tensor:
+        def basis(side: OneSide) -> Tensor:
             previous = _basis_of(sight.previous, side)
             if previous is None or self.exact:
-                return linalg.top_basis(blended, rank, side=side)
-            matrix = blended if side == "left" else blended.mT
-            return linalg.orthonormalise(matrix @ (matrix.mT @ previous.to(matrix.dtype)))
+                return linalg.top_basis(self._blended(sight), sight.layout.rank, side=side)
+            previous = previous.to(sight.gradient.dtype)
+            turned = self._product(sight, previous, transposed=side == "left")
+            return linalg.orthonormalise(self._product(sight, turned, transposed=side == "right"))
 
-        side = sight.layout.side
-        if side == "both":
+        if sight.layout.side == "both":
             return TwoSided(basis("left"), basis("right"))
-        return Dense(side, basis(side))  # type: ignore[arg-type]
+        return Dense(sight.layout.one_side, basis(sight.layout.one_side))
+
+    def _product(self, sight: Sight, x: Tensor, *, transposed: bool) -> Tensor:
+        """`b x` or `b^T x` without forming b: the lifted momentum is a product of two thin
+        factors."""
+        matrix = sight.gradient.mT if transposed else sight.gradient
+        result = (matrix @ x).mul_(1.0 - self.blend if sight.momentum is not None else 1.0)
+        if sight.momentum is not None:
+            left, right = _thin_factors(sight.previous, sight.momentum)
+            left, right = (right, left) if transposed else (left, right)
+            result += self.blend * (left @ (right.mT @ x))
+        return result
+
+    def _blended(self, sight: Sight) -> Tensor:
+        if sight.momentum is None or sight.previous is None:
+            return sight.gradient
+        blended = sight.gradient * (1.0 - self.blend)
+        return sight.previous.add_lift_(blended, sight.momentum, alpha=self.blend)
 
 
 @dataclass(frozen=True)
@@ -260,11 +286,10 @@ class RandomOrthogonal(Finder):
         def sample(size: int) -> Tensor:
             return sight.draw(lambda seed: linalg.random_orthogonal(seed, size, rank, dtype=dtype))
 
-        *_, m, n = sight.gradient.shape
-        side = sight.layout.side
-        if side == "both":
+        if sight.layout.side == "both":
+            m, n = sight.layout.matrix
             return TwoSided(sample(m), sample(n))
-        return Dense(side, sample(m if side == "left" else n))
+        return Dense(sight.layout.one_side, sample(sight.layout.side_size))
 
 
 @dataclass(frozen=True)
@@ -276,25 +301,27 @@ class RandomCoordinates(Finder):
     supports_both_sides = False
 
     def find(self, sight: Sight) -> Subspace:
-        *_, m, n = sight.gradient.shape
-        side = sight.layout.side
-        size = {"left": m, "right": n, "entries": m * n}[side]  # type: ignore[index]
-        index = sight.draw(lambda seed: linalg.random_coordinates(seed, size, sight.layout.rank))
-        if side == "entries":
-            return Entries(index, (m, n))
-        return Coordinates(side, index, size)
+        layout = sight.layout
+        entries = layout.side == "entries"
+        size = math.prod(layout.matrix) if entries else layout.side_size
+        index = sight.draw(lambda seed: linalg.random_coordinates(seed, size, layout.rank))
+        if entries:
+            return Entries(index, layout.matrix)
+        return Coordinates(layout.one_side, index, size)
 
 
 @dataclass(frozen=True)
 class SeededGaussian(Finder):
-    """A Gaussian matrix with entries N(0, 1/r), drawn from a seed whenever it is needed and never stored.
+    """A Gaussian matrix with entries N(0, 1/r), drawn from a seed whenever it is needed and never
+    stored.
 
-    Flora (Hao, Cao, Mou 2024, arXiv 2402.03293) and APOLLO (Zhu et al. 2024, arXiv 2412.05270). The first basis
-    uses the parameter's own seed, every refresh advances it by `linalg.next_seed`. Numbers are
-    always drawn on the CPU, so a checkpoint means the same on every device.
+    Flora (Hao, Cao, Mou 2024, arXiv 2402.03293) and APOLLO (Zhu et al. 2024, arXiv 2412.05270). The
+    first basis uses the parameter's own seed, every refresh advances it by `linalg.next_seed`.
+    Numbers are always drawn on the CPU, so a checkpoint means the same on every device.
 
     Args:
-        split: draw from one of two seeds derived from the parameter's seed, one per side, as Flora does.
+        split: draw from one of two seeds derived from the parameter's seed, one per side, as Flora
+            does.
     """
 
     form = "seeded"
@@ -312,16 +339,15 @@ class SeededGaussian(Finder):
     def _seeded(
         self, seeds: Sequence[int], layout: Layout, dtype: torch.dtype, device: torch.device
     ) -> Subspace:
-        side = layout.side
-        assert side in ("left", "right")
+        side = layout.one_side
         if self.split:
             seeds = [linalg.split_seed(seed)[0 if side == "left" else 1] for seed in seeds]
-        size = layout.view[-2 if side == "left" else -1]
-        # The order of the published draws: Flora's left and APOLLO's right basis are drawn transposed.
+        # The order of the published draws: Flora's left and APOLLO's right basis are drawn
+        # transposed.
         rows = (side == "left") == self.split
         drawn = Seeded(
             side,
-            size,
+            layout.side_size,
             layout.rank,
             matrix_seeds(seeds, layout),
             dtype,
@@ -334,12 +360,14 @@ class SeededGaussian(Finder):
 
 @dataclass(frozen=True)
 class Replay(Finder):
-    """Hands out given bases by parameter and step, so that any recipe can be checked against a recording.
+    """Hands out given bases by parameter and step, so that any recipe can be checked against a
+    recording.
 
     Args:
-        bases: `{parameter name or position: {step: basis}}`. A basis is a `(d, r)` matrix or its transpose, a pair
-            of them for both sides, an index vector for chosen coordinates, or a pair (rows, columns)
-            of index vectors for chosen entries. The latest recorded step not after the current one counts.
+        bases: `{parameter name or position: {step: basis}}`. A basis is a `(d, r)` matrix or its
+            transpose, a pair of them for both sides, an index vector for chosen coordinates, or a
+            pair (rows, columns) of index vectors for chosen entries. The latest recorded step not
+            after the current one counts.
         like: the finder whose form of basis is replayed; recipes fill in their own.
 
     Raises:
@@ -358,28 +386,26 @@ class Replay(Finder):
 
     def find(self, sight: Sight) -> Subspace:
         recorded = [self._recorded(layout, sight.step) for layout in sight.layouts]
-        side, view = sight.layout.side, sight.layout.view
-        m, n = view[-2:]
+        layout = sight.layout
+        m, n = layout.matrix
 
         def stacked(values: list[Tensor]) -> Tensor:
-            single = sight.gradient.dim() == len(view)
+            single = sight.gradient.dim() == len(layout.view)
             return (values[0] if single else torch.stack(values)).to(sight.gradient.device)
 
         def columns(values: list[Any], d: int) -> Tensor:
             turned = [value if value.shape[-2] == d else value.mT for value in values]
             return stacked([value.to(sight.gradient.dtype).contiguous() for value in turned])
 
-        if self.form == "coordinates":
-            if side == "entries":
-                flat = [rows.long() * n + cols.long() for rows, cols in recorded]
-                return Entries(stacked(flat), (m, n))
-            size = m if side == "left" else n
-            return Coordinates(side, stacked([value.long() for value in recorded]), size)
-        if side == "both":
+        if layout.side == "entries":
+            return Entries(stacked([row.long() * n + col.long() for row, col in recorded]), (m, n))
+        if layout.side == "both":
             left, right = zip(*recorded, strict=True)
             return TwoSided(columns(list(left), m), columns(list(right), n))
-        basis = columns(recorded, m if side == "left" else n)
-        return Dense(side, basis, orthonormal=self.form == "dense")
+        side, size = layout.one_side, layout.side_size
+        if self.form == "coordinates":
+            return Coordinates(side, stacked([value.long() for value in recorded]), size)
+        return Dense(side, columns(recorded, size), orthonormal=self.form == "dense")
 
     def _recorded(self, layout: Layout, step: int) -> Any:
         key = layout.name if layout.name in self.bases else layout.index
@@ -400,7 +426,8 @@ FINDERS: dict[str, Finder] = {
 
 
 def resolve_finder(finder: str | Finder, default: Finder) -> Finder:
-    """The finder that a recipe's `finder=` names or is; a `Replay` takes the form of the recipe's default.
+    """The finder that a recipe's `finder=` names or is; a `Replay` takes the form of the recipe's
+    default.
 
     Raises:
         ValueError: if the name is unknown.
@@ -413,13 +440,26 @@ def resolve_finder(finder: str | Finder, default: Finder) -> Finder:
     if not isinstance(finder, str):
         raise TypeError(f"finder={finder!r} must be a name ({', '.join(FINDERS)}) or a Finder")
     if finder not in FINDERS:
-        raise ValueError(f"finder={finder!r} is not known: use one of {', '.join(FINDERS)}, or a Finder")
+        raise ValueError(
+            f"finder={finder!r} is not known: use one of {', '.join(FINDERS)}, or a Finder"
+        )
     named = FINDERS[finder]
     return default if type(named) is type(default) else named
+
+
+def _thin_factors(subspace: Subspace | None, coordinates: Tensor) -> tuple[Tensor, Tensor]:
+    """`lift(coordinates) = left @ right^T` with thin factors."""
+    if isinstance(subspace, TwoSided):
+        return subspace.left.to(coordinates.dtype) @ coordinates, subspace.right.to(
+            coordinates.dtype
+        )
+    if not isinstance(subspace, OneSided):
+        raise TypeError(f"the lift of {type(subspace).__name__} has no thin factors")
+    basis = subspace.dense(coordinates.dtype)
+    return (basis, coordinates.mT) if subspace.side == "left" else (coordinates, basis)
 
 
 def _basis_of(subspace: Subspace | None, side: str) -> Tensor | None:
     if isinstance(subspace, TwoSided):
         return subspace.left if side == "left" else subspace.right
     return subspace.basis if isinstance(subspace, Dense) else None
-

@@ -1,12 +1,13 @@
 """How a parameter is seen: as which matrix, projected on which side, with which rank.
 
 A `Layout` is decided once, when the optimizer is built, and never guessed again from the shape of
-some tensor. A part *declares* the state it needs as `StateDeclaration`s whose shapes are named rules of
-the layout; allocation, storage, checkpoints and the memory plan all follow from these declarations.
+some tensor. A part *declares* the state it needs as `StateDeclaration`s whose shapes are named
+rules of the layout; allocation, storage, checkpoints and the memory plan all follow from these
+declarations.
 
-Matrices are `(..., m, n)` with m rows and n columns. A weight with more than two dimensions is read as
-the matrix `(d0, d1 * d2 * ...)` (a convolution kernel: one row per output channel), or, when it is
-`stacked`, as a batch of matrices over its leading dimensions (the experts of a mixture).
+Matrices are `(..., m, n)` with m rows and n columns. A weight with more than two dimensions is read
+as the matrix `(d0, d1 * d2 * ...)` (a convolution kernel: one row per output channel), or, when it
+is `stacked`, as a batch of matrices over its leading dimensions (the experts of a mixture).
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class StateDeclaration:
         name: key in `optimizer.state[parameter]`.
         kind: what it is; chooses the storage format.
         shape: rule of `Layout.shape`.
-        fill: initial value; "parameter" copies the weight (only for the coordinates of unprojected tensors).
+        fill: initial value; "parameter" copies the weight (only for the coordinates of unprojected
+            tensors).
         dtype: "storage" (the format chosen for its kind) or a fixed torch dtype.
     """
 
@@ -52,7 +54,8 @@ class Layout:
         natural: shape of the parameter itself.
         view: shape in which the engine computes: `(..., m, n)` for matrices, else `natural`.
         side: side of the projection; None when the parameter is not projected.
-        rank: dimension of the subspace on each projected side (for "entries": number of entries); 0 if None.
+        rank: dimension of the subspace on each projected side (for "entries": number of entries); 0
+            if None.
         projected: whether the recipe's subspace or activity applies to the parameter.
     """
 
@@ -73,6 +76,27 @@ class Layout:
     def is_matrix(self) -> bool:
         """Whether the engine computes on `(..., m, n)` matrices."""
         return len(self.view) >= 2
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """(m, n) of each matrix."""
+        return self.view[-2], self.view[-1]
+
+    @property
+    def one_side(self) -> Literal["left", "right"]:
+        """The side, for finders that only see one.
+
+        Raises:
+            TypeError: if the layout has two sides, entries, or no projection.
+        """
+        if self.side == "left" or self.side == "right":
+            return self.side
+        raise TypeError(f"parameter {self.name!r} is projected on {self.side}, not on one side")
+
+    @property
+    def side_size(self) -> int:
+        """Dimension of the space on the one projected side."""
+        return self.matrix[0 if self.one_side == "left" else 1]
 
     @property
     def coordinates(self) -> tuple[int, ...]:
@@ -135,8 +159,8 @@ def check_rank(rank: object) -> None:
 def matrix_view(shape: tuple[int, ...], *, stacked: bool = False) -> tuple[int, ...]:
     """The `(..., m, n)` shape in which a weight of this shape is treated as one or more matrices.
 
-    Fewer than two dimensions are left as they are. `(d0, d1, ..., dk)` becomes `(d0, d1*...*dk)`, or stays
-    as it is, a batch over the leading dimensions, when `stacked`.
+    Fewer than two dimensions are left as they are. `(d0, d1, ..., dk)` becomes `(d0, d1*...*dk)`,
+    or stays as it is, a batch over the leading dimensions, when `stacked`.
     """
     if len(shape) <= 2 or stacked:
         return shape
@@ -146,14 +170,16 @@ def matrix_view(shape: tuple[int, ...], *, stacked: bool = False) -> tuple[int, 
 def projection_side(m: int, n: int, proj_type: str, tie: Literal["left", "right"]) -> Side:
     """Which side of an m x n matrix a projection type compresses.
 
-    "std" compresses the smaller dimension (rows >= columns: right, with `tie` deciding for squares),
-    "reverse_std" the larger one, "full" both.
+    "std" compresses the smaller dimension (rows >= columns: right, with `tie` deciding for
+    squares), "reverse_std" the larger one, "full" both.
 
     Raises:
         ValueError: if `proj_type` is unknown.
     """
     if proj_type not in PROJECTION_TYPES:
-        raise ValueError(f"proj_type={proj_type!r} is not known: use one of {', '.join(PROJECTION_TYPES)}")
+        raise ValueError(
+            f"proj_type={proj_type!r} is not known: use one of {', '.join(PROJECTION_TYPES)}"
+        )
     if proj_type in ("left", "right", "entries"):
         return proj_type  # type: ignore[return-value]
     if proj_type == "full":
@@ -167,9 +193,9 @@ def projection_side(m: int, n: int, proj_type: str, tie: Literal["left", "right"
 def resolve_rank(m: int, n: int, side: Side, rank: int | float, *, coordinates: bool) -> int:
     """The number of basis columns (or entries) for an m x n matrix.
 
-    An integer above the smaller dimension means full rank. A fraction is of the smaller dimension, rounded
-    half to even; for chosen coordinates it is of the side's own dimension (all entries for "entries"), rounded down,
-    as in the FRUGAL code. At least 1.
+    An integer above the smaller dimension means full rank. A fraction is of the smaller dimension,
+    rounded half to even; for chosen coordinates it is of the side's own dimension (all entries for
+    "entries"), rounded down, as in the FRUGAL code. At least 1.
     """
     whole = {"left": m, "right": n, "both": min(m, n), "entries": m * n}[side]
     limit = whole if coordinates else min(m, n)

@@ -15,7 +15,7 @@ _EXPORTS = {
     "SubspanTrainer": "subspan.train.trainer",
     "TrainConfig": "subspan.train.config",
     "build_model": "subspan.train.model",
-    "compare": "subspan.train.compare",
+    "compare": "subspan.train.comparison",
     "optimizer_cls_and_kwargs": "subspan.train.trainer",
     "prepare_data": "subspan.train.data",
     "run_job": "subspan.train.job",
@@ -28,10 +28,7 @@ def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = import_module(_EXPORTS[name])
-    value = getattr(module, name)
-    # A submodule of the same name (compare) would otherwise hide the function.
-    globals()[name] = value
-    return value
+    return getattr(module, name)
 
 
 def __dir__() -> list[str]:

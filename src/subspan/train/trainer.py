@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 _ADAM_DEFAULTS = {"betas": (0.9, 0.999), "eps": 1e-8}
 
 
+def rates(args: TrainingArguments) -> dict[str, float]:
+    """Learning rate and weight decay of `args` under the optimizer's names."""
+    return {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+
+
 def adam_settings(method: str, args: TrainingArguments) -> dict[str, Any]:
     """`betas` and `eps` of `args`, as far as `method` has them.
 
@@ -103,7 +108,8 @@ def optimizer_cls_and_kwargs(
     Args:
         model: the model that the Trainer will get; wrong options are found here, not in training.
         method: name in `subspan.optim.methods()`.
-        args: learning rate, betas, eps and weight decay come from here unless given in `hyper`.
+        args: learning rate, betas, eps and weight decay come from here unless given in `hyper`;
+            none: from the recipe's defaults.
         plain_lr: learning rate of what is not projected; none: the same.
         project: regular expressions of names of the parameters to project.
         exclude: regular expressions of names of parameters never to project.
@@ -141,20 +147,23 @@ def build_optimizer(
 
     `decayed` names the parameters that decay; none: the Trainer's rule (no norms, no biases).
     """
-    from subspan.optim import build
+    from subspan.optim import build, lookup
 
-    args = args or TrainingArguments(output_dir="unused", report_to=[])
-    lr = hyper.pop("lr", args.learning_rate)
+    # Without arguments the recipe's own defaults hold. (Making TrainingArguments here would reset
+    # the state of a Trainer that is being set up.)
+    source = lookup(method).defaults if args is None else rates(args)
+    given = {} if args is None else adam_settings(method, args)
+    lr = hyper.pop("lr", source["lr"])
     groups = parameter_groups(
         model,
         decayed=_decayed_names(model) if decayed is None else decayed,
-        weight_decay=hyper.pop("weight_decay", args.weight_decay),
+        weight_decay=hyper.pop("weight_decay", source["weight_decay"]),
         lr=lr,
         plain_lr=plain_lr,
         project=project,
         exclude=exclude,
     )
-    optimizer: Optimizer = build(method, groups, lr=lr, **(adam_settings(method, args) | hyper))
+    optimizer: Optimizer = build(method, groups, lr=lr, **(given | hyper))
     return optimizer
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from subspan.train.compare import Outcome, Watcher
+from subspan.train.comparison import Outcome, Watcher
 from subspan.train.config import TrainConfig
 
 

@@ -1,1 +1,2 @@
-"""The parts that recipes are made of: refresh, transport, inner, output, remainder, normaliser, activity, storage."""
+"""The parts that recipes are made of: refresh, transport, inner, output, remainder, normaliser,
+activity, storage."""

@@ -12,15 +12,16 @@ Order = Literal["random", "ascending", "descending", "mirror"]
 
 @dataclass(frozen=True)
 class Blocks:
-    """A share of the group's projected tensors is active at a time, the others keep no state (FRUGAL).
+    """A share of the group's projected tensors is active at a time, the others keep no state
+    (FRUGAL).
 
     The active set is a pure function of the period, so nothing has to be remembered over a resume.
 
     Args:
         density: share of tensors active at a time, rounded half to even.
         gap: steps per period.
-        order: "random" draws a fresh set every period; "ascending" and "descending" walk through the
-            tensors in order; "mirror" takes half from the front and half from the back.
+        order: "random" draws a fresh set every period; "ascending" and "descending" walk through
+            the tensors in order; "mirror" takes half from the front and half from the back.
         seed: of the random order.
     """
 
@@ -34,7 +35,8 @@ class Blocks:
             raise ValueError(f"density={self.density!r} must lie in [0, 1]")
         if self.order not in ("random", "ascending", "descending", "mirror"):
             raise ValueError(
-                f"block_order={self.order!r} is not known: use random, ascending, descending or mirror"
+                f"block_order={self.order!r} is not known: use random, ascending, descending or "
+                "mirror"
             )
 
     def check(self, count: int) -> None:
@@ -45,7 +47,8 @@ class Blocks:
         """
         if self.order == "mirror" and round(count * self.density) % 2:
             raise ValueError(
-                f"block_order='mirror' needs an even number of active tensors; density={self.density} of "
+                "block_order='mirror' needs an even number of active tensors; "
+                f"density={self.density} of "
                 f"{count} tensors makes {round(count * self.density)}"
             )
 
@@ -54,7 +57,11 @@ class Blocks:
         number = round(count * self.density)
         if self.order == "random":
             seed = linalg.derive_seed(self.seed, period)
-            return frozenset(linalg.random_coordinates(seed, count, number).tolist()) if number else frozenset()
+            return (
+                frozenset(linalg.random_coordinates(seed, count, number).tolist())
+                if number
+                else frozenset()
+            )
         if self.order == "mirror":
             half = count // 2
             front = [(period * (number // 2) + i) % half for i in range(number // 2)]

@@ -1,8 +1,9 @@
-"""Inner optimizers: what runs on the coordinates inside a subspace, or on the whole gradient without one.
+"""Inner optimizers: what runs on the coordinates inside a subspace, or on the whole gradient
+without one.
 
-Every inner optimizer turns coordinates `(...)` into a `Direction`: the weight moves by `-step * value`,
-lifted to full size. Moments are updated in place. Weight decay is always decoupled
-(`W <- W (1 - lr * weight_decay)`); an inner optimizer only says whether it comes before or after the step.
+Every inner optimizer turns coordinates `(...)` into a `Direction`: the weight moves by `-step *
+value`, lifted to full size. Moments are updated in place. Weight decay is always decoupled (`W <- W
+(1 - lr * weight_decay)`); an inner optimizer only says whether it comes before or after the step.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class Direction:
 
     Args:
         value: same shape as the coordinates; scratch memory that the caller may overwrite.
-        step: step size; a number, or a tensor broadcastable to `(..., m, n)` when it depends on the weight.
+        step: step size; a number, or a tensor broadcastable to `(..., m, n)` when it depends on the
+            weight.
     """
 
     value: Tensor
@@ -47,7 +49,9 @@ class Inner:
         """The state kept for a parameter of that layout."""
         raise TypeError(f"{type(self).__name__} does not define declare()")
 
-    def update(self, coordinates: Tensor, state: dict[str, Any], age: int, lr: Rate, work: Workspace) -> Direction:
+    def update(
+        self, coordinates: Tensor, state: dict[str, Any], age: int, lr: Rate, work: Workspace
+    ) -> Direction:
         """One step. `age` counts the steps since the moments started, 1-based."""
         raise TypeError(f"{type(self).__name__} does not define update()")
 
@@ -65,7 +69,8 @@ class Inner:
         return 0.0
 
     def fallback(self) -> Inner:
-        """The inner optimizer for tensors that this one cannot treat (vectors, for matrix methods)."""
+        """The inner optimizer for tensors that this one cannot treat (vectors, for matrix
+        methods)."""
         return self
 
 
@@ -98,15 +103,18 @@ _CONVENTIONS = ("hf", "torch", "bitsandbytes")
 
 @dataclass(frozen=True)
 class Adam(Inner):
-    """Adam with decoupled weight decay (Kingma, Ba 2014, arXiv 1412.6980; Loshchilov, Hutter 2017, arXiv 1711.05101).
+    """Adam with decoupled weight decay (Kingma, Ba 2014, arXiv 1412.6980; Loshchilov, Hutter 2017,
+    arXiv 1711.05101).
 
         M <- b1 M + (1 - b1) R,  V <- b2 V + (1 - b2) R∘R,  value = M / (sqrt(V) + e)
 
     with step `lr * sqrt(1 - b2^t) / (1 - b1^t)`. The published codes differ in three conventions:
 
     - "hf": e = eps, added before the bias correction; decay after the step (GaLore, Fira, APOLLO).
-    - "torch": e = eps * sqrt(1 - b2^t), i.e. eps is added after the correction; decay before the step.
-    - "bitsandbytes": eps as "torch", decay after the step (8-bit GaLore's projected matrices; its plain ones are "torch").
+    - "torch": e = eps * sqrt(1 - b2^t), i.e. eps is added after the correction; decay before the
+      step.
+    - "bitsandbytes": eps as "torch", decay after the step (8-bit GaLore's projected matrices; its
+      plain ones are "torch").
 
     Args:
         betas: averaging rates of the two moments.
@@ -128,7 +136,9 @@ class Adam(Inner):
         check_betas(self.betas)
         check_non_negative(eps=self.eps)
         if self.convention not in _CONVENTIONS:
-            raise ValueError(f"convention={self.convention!r} is not known: use {', '.join(_CONVENTIONS)}")
+            raise ValueError(
+                f"convention={self.convention!r} is not known: use {', '.join(_CONVENTIONS)}"
+            )
 
     @property
     def decay(self) -> Literal["before", "after"]:  # type: ignore[override]
@@ -163,11 +173,14 @@ class Adam(Inner):
         eps = self.eps if self.convention == "hf" else self.eps * root
         return lr * (root * self.momentum_correction(age)), eps
 
-    def update(self, coordinates: Tensor, state: dict[str, Any], age: int, lr: Rate, work: Workspace) -> Direction:
+    def update(
+        self, coordinates: Tensor, state: dict[str, Any], age: int, lr: Rate, work: Workspace
+    ) -> Direction:
         """See the class."""
         step, eps = self._scalars(age, lr)
         value = work.like(coordinates).zero_()
-        # A unit step on a zero weight is minus the direction itself: one fused pass over the moments.
+        # A unit step on a zero weight is minus the direction itself: one fused pass over the
+        # moments.
         moments = state["exp_avg"], state["exp_avg_sq"]
         self._fused([value], [coordinates.contiguous()], [moments[0]], [moments[1]], -1.0, 0.0, eps)
         return Direction(value, step)
@@ -181,7 +194,8 @@ class Adam(Inner):
         lr: float,
         weight_decay: float,
     ) -> None:
-        """Update whole weights in place with one fused kernel call; all tensors share dtype and device."""
+        """Update whole weights in place with one fused kernel call; all tensors share dtype and
+        device."""
         step, eps = self._scalars(age, lr)
         shrink = lr * weight_decay
         if self.decay == "after":
@@ -201,8 +215,8 @@ class Adam(Inner):
         shrink: float,
         eps: float,
     ) -> None:
-        # At an infinite step count the kernel's own bias corrections are exactly 1, which leaves the
-        # conventions to us. The kernel decays by lr * weight_decay before it steps.
+        # At an infinite step count the kernel's own bias corrections are exactly 1, which leaves
+        # the conventions to us. The kernel decays by lr * weight_decay before it steps.
         endless = torch.full((), math.inf, device=weights[0].device)
         torch._fused_adamw_(
             weights,
@@ -226,15 +240,16 @@ Start = Literal["zero", "gradient", "parameter"]
 
 @dataclass(frozen=True)
 class SGD(Inner):
-    """Stochastic gradient descent with (heavy-ball or Nesterov) momentum: `M <- momentum M + (1 - dampening) R`.
+    """Stochastic gradient descent with (heavy-ball or Nesterov) momentum: `M <- momentum M + (1 -
+    dampening) R`.
 
     Args:
         momentum: 0 keeps no state.
         dampening: see above; not applied to the first gradient, as in torch.optim.SGD.
         nesterov: step along `R + momentum M`.
-        start: "zero" is the usual first step `M = R`. The FRUGAL code starts the buffer as a copy of the first
-            gradient ("gradient": the first step is `(1 + momentum) R`), for unprojected tensors as a copy of
-            the weight ("parameter").
+        start: "zero" is the usual first step `M = R`. The FRUGAL code starts the buffer as a copy
+            of the first gradient ("gradient": the first step is `(1 + momentum) R`), for
+            unprojected tensors as a copy of the weight ("parameter").
     """
 
     momentum: float = 0.0
@@ -262,9 +277,15 @@ class SGD(Inner):
     def declare(self, layout: Layout) -> tuple[StateDeclaration, ...]:
         """One buffer, or nothing without momentum."""
         fill: float | Literal["parameter"] = "parameter" if self.start == "parameter" else 0.0
-        return (StateDeclaration("momentum_buffer", "first_moment", fill=fill),) if self.momentum else ()
+        return (
+            (StateDeclaration("momentum_buffer", "first_moment", fill=fill),)
+            if self.momentum
+            else ()
+        )
 
-    def update(self, coordinates: Tensor, state: dict[str, Any], age: int, lr: Rate, work: Workspace) -> Direction:
+    def update(
+        self, coordinates: Tensor, state: dict[str, Any], age: int, lr: Rate, work: Workspace
+    ) -> Direction:
         """See the class."""
         value = work.like(coordinates)
         if not self.momentum:
@@ -286,7 +307,7 @@ class SGD(Inner):
 class Lion(Inner):
     """Lion (Chen et al., Symbolic Discovery of Optimization Algorithms, 2023, arXiv 2302.06675).
 
-        value = sign(b1 M + (1 - b1) R),  M <- b2 M + (1 - b2) R
+    value = sign(b1 M + (1 - b1) R),  M <- b2 M + (1 - b2) R
     """
 
     betas: tuple[float, float] = (0.9, 0.99)
@@ -310,7 +331,9 @@ class Lion(Inner):
         """One moment."""
         return (StateDeclaration("exp_avg", "first_moment"),)
 
-    def update(self, coordinates: Tensor, state: dict[str, Any], age: int, lr: Rate, work: Workspace) -> Direction:
+    def update(
+        self, coordinates: Tensor, state: dict[str, Any], age: int, lr: Rate, work: Workspace
+    ) -> Direction:
         """See the class."""
         moment = state["exp_avg"]
         value = torch.mul(moment, self.betas[0], out=work.like(coordinates))
@@ -321,7 +344,8 @@ class Lion(Inner):
 
 @dataclass(frozen=True)
 class AverageMomentum(Inner):
-    """Exponential moving average `M <- b M + (1 - b) R`, stepped along the new average (Flora's momentum).
+    """Exponential moving average `M <- b M + (1 - b) R`, stepped along the new average (Flora's
+    momentum).
 
     Args:
         beta: averaging rate.
@@ -344,7 +368,9 @@ class AverageMomentum(Inner):
         """One moment."""
         return (StateDeclaration("exp_avg", "first_moment"),)
 
-    def update(self, coordinates: Tensor, state: dict[str, Any], age: int, lr: Rate, work: Workspace) -> Direction:
+    def update(
+        self, coordinates: Tensor, state: dict[str, Any], age: int, lr: Rate, work: Workspace
+    ) -> Direction:
         """See the class."""
         moment = state["exp_avg"].lerp_(coordinates, 1.0 - self.beta)
         return Direction(work.like(coordinates).copy_(moment), lr)
@@ -352,11 +378,13 @@ class AverageMomentum(Inner):
 
 @dataclass(frozen=True)
 class Adafactor(Inner):
-    """Adafactor (Shazeer, Stern 2018, arXiv 1804.04235) with a given learning rate, as GaLore runs it on coordinates.
+    """Adafactor (Shazeer, Stern 2018, arXiv 1804.04235) with a given learning rate, as GaLore runs
+    it on coordinates.
 
         b_t = 1 - t^decay_rate;  row, col <- EMA_{b_t} of the row and column means of R∘R + eps
         u = R (row / mean(row))^-1/2 col^-1/2;  u <- u / max(1, rms(u) / clip_threshold);  u <- lr u
-        with beta1: m <- beta1 m + (1 - beta1) u, and m is the step (momentum is taken after the learning rate)
+        with beta1: m <- beta1 m + (1 - beta1) u, and m is the step (momentum is taken after the
+        learning rate)
 
     Vectors keep an unfactored second moment.
 
@@ -396,9 +424,13 @@ class Adafactor(Inner):
         first = () if self.beta1 is None else (StateDeclaration("exp_avg", "first_moment"),)
         return (*first, *factored_declarations(len(layout.coordinates) >= 2, "coordinate"))
 
-    def update(self, coordinates: Tensor, state: dict[str, Any], age: int, lr: Rate, work: Workspace) -> Direction:
+    def update(
+        self, coordinates: Tensor, state: dict[str, Any], age: int, lr: Rate, work: Workspace
+    ) -> Direction:
         """See the class."""
-        value = factored_scaling(coordinates, state, age, self.decay_rate, self.eps, work.like(coordinates))
+        value = factored_scaling(
+            coordinates, state, age, self.decay_rate, self.eps, work.like(coordinates)
+        )
         dims = (-2, -1) if "exp_avg_sq_row" in state else (-1,)
         rms = value.square().mean(dims, keepdim=True).sqrt_()
         value.mul_((rms / self.clip_threshold).clamp_(min=1.0).reciprocal_() * lr)
@@ -410,7 +442,8 @@ class Adafactor(Inner):
 def factored_declarations(
     is_matrix: bool, what: str, name: str = "exp_avg_sq"
 ) -> tuple[StateDeclaration, ...]:
-    """Declarations of a factored second moment of the "coordinate"s or of the whole "matrix" (`what`)."""
+    """Declarations of a factored second moment of the "coordinate"s or of the whole "matrix"
+    (`what`)."""
     if is_matrix:
         return (
             StateDeclaration(f"{name}_row", "second_moment", f"{what}_rows"),
@@ -428,7 +461,8 @@ def factored_scaling(
     out: Tensor,
     name: str = "exp_avg_sq",
 ) -> Tensor:
-    """`x` divided by the root of Adafactor's (factored) second moment, whose averages are updated in place.
+    """`x` divided by the root of Adafactor's (factored) second moment, whose averages are updated
+    in place.
 
     Args:
         x: `(..., m, n)`, or any shape when the state holds an unfactored moment.

@@ -59,7 +59,9 @@ class Muon(Inner):
         """One moment."""
         return (StateDeclaration("momentum_buffer", "first_moment"),)
 
-    def update(self, coordinates: Tensor, state: dict[str, Any], age: int, lr: Rate, work: Workspace) -> Direction:
+    def update(
+        self, coordinates: Tensor, state: dict[str, Any], age: int, lr: Rate, work: Workspace
+    ) -> Direction:
         """See the class."""
         moment = state["momentum_buffer"].lerp_(coordinates, 1.0 - self.momentum)
         ahead = moment

@@ -14,7 +14,8 @@ from subspan.subspaces.layout import Layout, StateDeclaration
 
 @dataclass(frozen=True)
 class FactoredRMS:
-    """Adafactor's factored second moment, taken on the whole gradient before it is projected (Flora).
+    """Adafactor's factored second moment, taken on the whole gradient before it is projected
+    (Flora).
 
     Row and column means cost m + n numbers per matrix. Vectors keep one number per entry.
 
@@ -33,6 +34,11 @@ class FactoredRMS:
         """Row and column means."""
         return factored_declarations(layout.is_matrix, "matrix", "gradient_sq")
 
-    def normalise(self, gradient: Tensor, state: dict[str, Any], step: int, work: Workspace) -> Tensor:
-        """The scaled gradient; the averages are updated in place. `step` is 1-based and never restarts."""
-        return factored_scaling(gradient, state, step, self.decay_rate, self.eps, work.like(gradient), "gradient_sq")
+    def normalise(
+        self, gradient: Tensor, state: dict[str, Any], step: int, work: Workspace
+    ) -> Tensor:
+        """The scaled gradient; the averages are updated in place. `step` is 1-based and never
+        restarts."""
+        return factored_scaling(
+            gradient, state, step, self.decay_rate, self.eps, work.like(gradient), "gradient_sq"
+        )

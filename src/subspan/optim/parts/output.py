@@ -4,9 +4,10 @@ Every published form is a case of one expression,
 
     W <- decay W - lift(coordinates) - scale ∘ G - extra,
 
-where `scale` is a number or one factor per column or row of the gradient. The residual `G - lift(project(G))`
-times such a factor never has to be formed: factors per column commute with a lift from the left (and per row
-from the right), so its lifted half joins the coordinates before the one lift that is made anyway.
+where `scale` is a number or one factor per column or row of the gradient. The residual `G -
+lift(project(G))` times such a factor never has to be formed: factors per column commute with a lift
+from the left (and per row from the right), so its lifted half joins the coordinates before the one
+lift that is made anyway.
 """
 
 from __future__ import annotations
@@ -27,13 +28,32 @@ TINY = 1e-8
 
 
 @dataclass
+class MomentumLoss:
+    """What the lifted first moment lost when the basis changed: `lift_old(before) -
+    lift_new(after)`, unlifted."""
+
+    previous: Subspace
+    before: Tensor
+    found: Subspace
+    after: Tensor
+
+    def add_to_(self, target: Tensor, weight: float) -> None:
+        """`target <- target + weight * loss`, in place."""
+        self.previous.add_lift_(target, self.before, alpha=weight)
+        self.found.add_lift_(target, self.after, alpha=-weight)
+
+
+@dataclass
 class Update:
-    """The terms of `W <- decay W - alpha lift(coordinates) - scale ∘ G - extra`; None means absent."""
+    """The terms of `W <- decay W - alpha lift(coordinates) - scale ∘ G - extra - rate loss`; None
+    means absent."""
 
     coordinates: Tensor | None = None
     alpha: Rate = 1.0
     scale: Rate | None = None
     extra: Tensor | None = None
+    loss: MomentumLoss | None = None
+    rate: Rate = 1.0
 
 
 @dataclass
@@ -49,7 +69,7 @@ class Scene:
         state: loaded state, updated in place.
         inner: the inner optimizer.
         lr: learning rate, a number or a tensor broadcastable to `(..., m, n)`.
-        momentum_loss: what the lifted first moment lost when the basis changed in this step, `(..., m, n)`.
+        momentum_loss: what the lifted first moment lost when the basis changed in this step.
         work: scratch memory.
     """
 
@@ -61,7 +81,7 @@ class Scene:
     state: dict[str, Any]
     inner: Inner
     lr: Rate
-    momentum_loss: Tensor | None
+    momentum_loss: MomentumLoss | None
     work: Workspace
 
 
@@ -87,12 +107,14 @@ class Discard(Remainder):
 
 @dataclass(frozen=True)
 class NormScaled(Remainder):
-    """The residual scaled as the inner optimizer scaled the coordinates (Fira, Chen et al. 2024, arXiv 2410.01623).
+    """The residual scaled as the inner optimizer scaled the coordinates (Fira, Chen et al. 2024,
+    arXiv 2410.01623).
 
-        phi_j = ||N_j|| / (||R_j|| + 1e-8),  S = (G - a lift(R)) phi,  W <- W - step (scale lift(N) + S)
+        phi_j = ||N_j|| / (||R_j|| + 1e-8),  S = (G - a lift(R)) phi,  W <- W - step (scale lift(N)
+        + S)
 
-    with one factor per column (left) or row (right). A limiter per matrix keeps the norm of S from growing by
-    more than `growth_limit` per step.
+    with one factor per column (left) or row (right). A limiter per matrix keeps the norm of S from
+    growing by more than `growth_limit` per step.
 
     Args:
         growth_limit: 1.01 in the paper; None for no limiter.
@@ -128,8 +150,9 @@ class NormScaled(Remainder):
 class Stateless(Remainder):
     """The residual takes a plain step of its own: `lr weight sign(E)` or `lr weight E`.
 
-    FRUGAL (Zmushko et al. 2024, arXiv 2411.07837) takes the sign. With "sgd" and `momentum_loss`, Flora's rule: the
-    raw gradient is averaged into the step, and the momentum that a new basis cannot hold still counts once.
+    FRUGAL (Zmushko et al. 2024, arXiv 2411.07837) takes the sign. With "sgd" and `momentum_loss`,
+    Flora's rule: the raw gradient is averaged into the step, and the momentum that a new basis
+    cannot hold still counts once.
 
     Args:
         rule: "sign" or "sgd".
@@ -157,14 +180,18 @@ class Stateless(Remainder):
         if self.rule == "sign":
             extra = scene.work.like(scene.gradient).copy_(scene.gradient)
             scene.subspace.add_lift_(extra, scene.coordinates, alpha=-1.0)
-            return Update(scene.direction.value, scene.direction.step * scale, extra=extra.sign_().mul_(rate))
+            return Update(
+                scene.direction.value, scene.direction.step * scale, extra=extra.sign_().mul_(rate)
+            )
         value = scene.direction.value.mul_(scene.direction.step * scale)
         value.sub_(scene.coordinates * rate)
-        extra = None if scene.momentum_loss is None else scene.momentum_loss.mul_(scene.lr * self.momentum_loss)
-        return Update(value, 1.0, rate, extra)
+        return Update(
+            value, 1.0, rate, loss=scene.momentum_loss, rate=scene.lr * self.momentum_loss
+        )
 
-    def idle(self, gradient: Tensor, lr: float, work: Workspace) -> Update:
-        """The update of a tensor that has no state in this period: all of its gradient is residual."""
+    def idle(self, gradient: Tensor, lr: Rate, work: Workspace) -> Update:
+        """The update of a tensor that has no state in this period: all of its gradient is
+        residual."""
         if self.rule == "sgd":
             return Update(scale=lr * self.weight)
         return Update(extra=work.like(gradient).copy_(gradient).sign_().mul_(lr * self.weight))
@@ -172,12 +199,13 @@ class Stateless(Remainder):
 
 @dataclass(frozen=True)
 class ErrorFeedback(Remainder):
-    """The residual is stored and added to the next gradient (LDAdam, Robert et al. 2024, arXiv 2410.16103).
+    """The residual is stored and added to the next gradient (LDAdam, Robert et al. 2024, arXiv
+    2410.16103).
 
         E = A - lift(R) + b1 / (1 - b1) (lift_old(M_old) - lift_new(M_new)),  A = G + E_before
 
-    The last term is what the first moment lost in the change of basis. The buffer is a state of its own, so
-    `.grad` stays the user's: it may be cleared, clipped or averaged as usual.
+    The last term is what the first moment lost in the change of basis. The buffer is a state of its
+    own, so `.grad` stays the user's: it may be cleared, clipped or averaged as usual.
     """
 
     reads_momentum_loss: ClassVar[bool] = True
@@ -192,7 +220,7 @@ class ErrorFeedback(Remainder):
         scene.subspace.add_lift_(error, scene.coordinates, alpha=-1.0)
         if scene.momentum_loss is not None:
             weight = scene.inner.momentum_weight
-            error.add_(scene.momentum_loss, alpha=weight / (1.0 - weight))
+            scene.momentum_loss.add_to_(error, weight / (1.0 - weight))
         return super().join(scene, scale)
 
 
@@ -222,10 +250,11 @@ class Lift:
 
 @dataclass(frozen=True)
 class RescaledGradient:
-    """The raw gradient, rescaled by what happened inside the subspace (APOLLO, Zhu et al. 2024, arXiv 2412.05270).
+    """The raw gradient, rescaled by what happened inside the subspace (APOLLO, Zhu et al. 2024,
+    arXiv 2412.05270).
 
-        "channel": phi_j = ||N_j|| / (||R_j|| + 1e-8) per column (left) or row (right);  "tensor": ||N|| / (||R|| + 1e-8)
-        W <- W - step sqrt(scale) limited(G phi)
+        "channel": phi_j = ||N_j|| / (||R_j|| + 1e-8) per column (left) or row (right);  "tensor":
+        ||N|| / (||R|| + 1e-8) W <- W - step sqrt(scale) limited(G phi)
 
     Args:
         granularity: "channel" or "tensor".
@@ -254,10 +283,8 @@ class RescaledGradient:
     def form(self, scene: Scene, remainder: Remainder) -> Update:
         """The update of one bucket."""
         root = math.sqrt(self.scale)
-        if self.granularity == "tensor":
-            factor = tensor_factor(scene)
-        else:
-            factor = channel_factors(scene)
+        tensor = self.granularity == "tensor"
+        factor = tensor_factor(scene) if tensor else channel_factors(scene)
         if self.growth_limit is not None:
             front = root if self.scale_front else 1.0
             energies = channel_energies(scene.gradient, scene.layout, scene.work)
@@ -278,13 +305,19 @@ def check_growth_limit(limit: float | None) -> None:
 
 def limiter_declaration(limit: float | None) -> tuple[StateDeclaration, ...]:
     """One norm per matrix; infinite before the first step, which therefore is never limited."""
-    return () if limit is None else (StateDeclaration("update_norm", "scalar", "scalar", fill=math.inf),)
+    return (
+        ()
+        if limit is None
+        else (StateDeclaration("update_norm", "scalar", "scalar", fill=math.inf),)
+    )
 
 
 def limit_growth(norm: Tensor, state: dict[str, Any], limit: float) -> Tensor:
-    """The factor that keeps a norm from exceeding `limit` times the last one, which is updated in place.
+    """The factor that keeps a norm from exceeding `limit` times the last one, which is updated in
+    place.
 
-    A zero norm leaves the memory alone: after a zero gradient the next update would otherwise start from 1e-8.
+    A zero norm leaves the memory alone: after a zero gradient the next update would otherwise start
+    from 1e-8.
 
     Args:
         norm: one per matrix.
@@ -303,7 +336,8 @@ def rank_axis(layout: Layout) -> int:
 
 
 def channel_factors(scene: Scene) -> Tensor:
-    """How much the inner optimizer rescaled every column (left) or row (right), `(..., 1, n)` or `(..., m, 1)`."""
+    """How much the inner optimizer rescaled every column (left) or row (right), `(..., 1, n)` or
+    `(..., m, 1)`."""
     axis = rank_axis(scene.layout)
     scaled = torch.linalg.vector_norm(scene.direction.value, dim=axis, keepdim=True)
     return scaled / (torch.linalg.vector_norm(scene.coordinates, dim=axis, keepdim=True) + TINY)
@@ -313,7 +347,9 @@ def tensor_factor(scene: Scene) -> Tensor:
     """How much the inner optimizer rescaled the coordinates as a whole, `(..., 1, 1)`."""
     dims = (-1,) if scene.layout.side == "entries" else (-2, -1)
     scaled = torch.linalg.vector_norm(scene.direction.value, dim=dims)
-    return (scaled / (torch.linalg.vector_norm(scene.coordinates, dim=dims) + TINY))[..., None, None]
+    return (scaled / (torch.linalg.vector_norm(scene.coordinates, dim=dims) + TINY))[
+        ..., None, None
+    ]
 
 
 def channel_energies(gradient: Tensor, layout: Layout, work: Workspace) -> Tensor:

@@ -18,8 +18,8 @@ class Refresh:
     def scheduled(self, step: int, position: int, count: int) -> int:
         """The latest step, not after `step`, at which a refresh is planned.
 
-        A refresh is due when the last one was earlier than that, so one that had to be put off (a zero
-        gradient carries no subspace) is made up for at the next step.
+        A refresh is due when the last one was earlier than that, so one that had to be put off (a
+        zero gradient carries no subspace) is made up for at the next step.
 
         Args:
             step: 1-based step of the parameter.
@@ -32,20 +32,24 @@ class Refresh:
         """The state that the policy itself needs."""
         return ()
 
-    def drifted(self, gradient: Tensor, subspace: Subspace, reference: Tensor | None, step: int) -> bool:
+    def drifted(
+        self, gradient: Tensor, subspace: Subspace, reference: Tensor | None, step: int
+    ) -> bool:
         """Whether the subspace has to be found again although no refresh is planned."""
         return False
 
 
 @dataclass(frozen=True)
 class Every(Refresh):
-    """Every `gap` steps: at steps 1, 1 + gap, 1 + 2 gap, ... (`phase=1`), or 1, gap, 2 gap, ... (`phase=0`).
+    """Every `gap` steps: at steps 1, 1 + gap, 1 + 2 gap, ... (`phase=1`), or 1, gap, 2 gap, ...
+    (`phase=0`).
 
     Args:
         gap: steps between refreshes.
         phase: see above.
-        stagger: shift the schedule of the i-th of N parameters by `i * gap // N` steps, so that no single
-            step pays for all of them. The first basis is still found at step 1 for every parameter.
+        stagger: shift the schedule of the i-th of N parameters by `i * gap // N` steps, so that no
+            single step pays for all of them. The first basis is still found at step 1 for every
+            parameter.
     """
 
     gap: int
@@ -64,10 +68,11 @@ class Every(Refresh):
 
 @dataclass(frozen=True)
 class OnDrift(Refresh):
-    """When the subspace has drifted: it captures less than `tolerance` of what it captured when it was found.
+    """When the subspace has drifted: it captures less than `tolerance` of what it captured when it
+    was found.
 
-    The captured energy `||project(G)||^2 / ||G||^2` is compared every `check_every` steps, which costs one
-    host synchronisation then.
+    The captured energy `||project(G)||^2 / ||G||^2` is compared every `check_every` steps, which
+    costs one host synchronisation then.
 
     Args:
         tolerance: in (0, 1].
@@ -87,9 +92,10 @@ class OnDrift(Refresh):
         """The energy that was captured at the last refresh."""
         return (StateDeclaration("captured", "scalar", "scalar"),)
 
-    def drifted(self, gradient: Tensor, subspace: Subspace, reference: Tensor | None, step: int) -> bool:
+    def drifted(
+        self, gradient: Tensor, subspace: Subspace, reference: Tensor | None, step: int
+    ) -> bool:
         """See the class. Buckets of several parameters refresh together."""
         if reference is None or (step - 1) % self.check_every:
             return False
         return bool((captured_energy(gradient, subspace) < self.tolerance * reference).any())
-

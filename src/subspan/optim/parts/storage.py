@@ -1,4 +1,5 @@
-"""Storage: in which format states and bases are kept between steps. All arithmetic is float32 or float64."""
+"""Storage: in which format states and bases are kept between steps. All arithmetic is float32 or
+float64."""
 
 from __future__ import annotations
 
@@ -18,9 +19,9 @@ KINDS = ("first_moment", "second_moment", "basis", "error")
 class Storage:
     """The format of every kind of state.
 
-    "parameter" is the parameter's own dtype, as in torch.optim, except that float16 parameters keep float32 states
-    (squared gradients underflow in float16). "bf16" moments are written with stochastic rounding: an average
-    that moves by less than a bf16 step would otherwise stand still.
+    "parameter" is the parameter's own dtype, as in torch.optim, except that float16 parameters keep
+    float32 states (squared gradients underflow in float16). "bf16" moments are written with
+    stochastic rounding: an average that moves by less than a bf16 step would otherwise stand still.
 
     Args:
         formats: `{kind: format}`.
@@ -38,7 +39,10 @@ class Storage:
         if isinstance(choice, str):
             choice = dict.fromkeys(KINDS, choice)
         if not isinstance(choice, Mapping):
-            raise ValueError(f"storage={choice!r} must be one of {', '.join(FORMATS)} or a mapping from kinds to them")
+            raise ValueError(
+                f"storage={choice!r} must be one of {', '.join(FORMATS)} or a mapping from kinds "
+                "to them"
+            )
         for kind, name in choice.items():
             if kind not in KINDS:
                 raise ValueError(f"storage kind {kind!r} is not known: use {', '.join(KINDS)}")
@@ -59,4 +63,3 @@ class Storage:
         if name == "fp32":
             return compute_dtype(parameter)
         return torch.float32 if parameter == torch.float16 else parameter
-

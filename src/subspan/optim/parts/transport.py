@@ -1,7 +1,7 @@
 """Transport: what happens to the moments when the basis changes.
 
-`C = Q_new^T Q_old` turns old coordinates into new ones. Means transform linearly, variances with squared
-coefficients (coordinates taken as uncorrelated).
+`C = Q_new^T Q_old` turns old coordinates into new ones. Means transform linearly, variances with
+squared coefficients (coordinates taken as uncorrelated).
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ class Keep:
     restarts: ClassVar[bool] = False
     moves: ClassVar[bool] = False
 
-    def apply(self, inner: Inner, state: dict[str, Any], change: Change, side: Side, age: int) -> None:
+    def apply(
+        self, inner: Inner, state: dict[str, Any], change: Change, side: Side, age: int
+    ) -> None:
         """Transport the moments of one bucket in place; `age` counts the steps they have seen."""
 
 
@@ -41,7 +43,9 @@ class Rotate(Keep):
 
     moves: ClassVar[bool] = True
 
-    def apply(self, inner: Inner, state: dict[str, Any], change: Change, side: Side, age: int) -> None:
+    def apply(
+        self, inner: Inner, state: dict[str, Any], change: Change, side: Side, age: int
+    ) -> None:
         """See the class."""
         if inner.first_moment:
             moment = state[inner.first_moment]
@@ -59,17 +63,20 @@ class ProjectionAware(Keep):
 
         M <- C M,   V <- (1 - b2^t) | (C∘C)(v - m∘m) + (C m)∘(C m) |
 
-    The variance around the mean moves with squared coefficients, the mean itself linearly. Robert et al.: LDAdam,
-    2024, arXiv 2410.16103.
+    The variance around the mean moves with squared coefficients, the mean itself linearly. Robert
+    et al.: LDAdam, 2024, arXiv 2410.16103.
     """
 
     moves: ClassVar[bool] = True
 
-    def apply(self, inner: Inner, state: dict[str, Any], change: Change, side: Side, age: int) -> None:
+    def apply(
+        self, inner: Inner, state: dict[str, Any], change: Change, side: Side, age: int
+    ) -> None:
         """See the class."""
         if inner.first_moment is None:
             return
-        # `v - m∘m` subtracts nearly equal numbers and the update divides by its root: float64 keeps it meaningful.
+        # `v - m∘m` subtracts nearly equal numbers and the update divides by its root: float64 keeps
+        # it meaningful.
         first, second = state[inner.first_moment], inner.second_moment
         exact, wide = first.double(), _double(change)
         turned = _turn(exact, wide, side)
@@ -82,7 +89,9 @@ class ProjectionAware(Keep):
 
 
 def _double(change: Change) -> Change:
-    return (change[0].double(), change[1].double()) if isinstance(change, tuple) else change.double()
+    return (
+        (change[0].double(), change[1].double()) if isinstance(change, tuple) else change.double()
+    )
 
 
 def _turn(moment: Tensor, change: Change, side: Side) -> Tensor:

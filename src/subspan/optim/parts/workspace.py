@@ -11,9 +11,9 @@ from torch import Tensor
 class Workspace:
     """Buffers that are reused from bucket to bucket within one step and freed with the step.
 
-    An allocation per matrix would cost a page fault per 4 KiB on the CPU in every step; keeping the buffers
-    between steps would be hidden memory. `take` hands out uninitialised tensors, `release` makes
-    all of them available again.
+    An allocation per matrix would cost a page fault per 4 KiB on the CPU in every step; keeping the
+    buffers between steps would be hidden memory. `take` hands out uninitialised tensors, `release`
+    makes all of them available again.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,5 @@
-"""APOLLO and APOLLO-Mini: the raw gradient, rescaled by what Adam does to a random projection of it."""
+"""APOLLO and APOLLO-Mini: the raw gradient, rescaled by what Adam does to a random projection of
+it."""
 
 from __future__ import annotations
 
@@ -11,8 +12,10 @@ from subspan.subspaces.finders import Finder, SeededGaussian, resolve_finder
 
 _PAPER = "Zhu et al.: APOLLO: SGD-like Memory, AdamW-level Performance, 2024, arXiv 2412.05270"
 _DEPARTURES = (
-    "The random basis is drawn again from its seed in every step and not stored; the released code stores it.",
-    "The seed of a parameter is `seed` + its position + 1, so that runs with different seeds differ; seed=0 is the code's.",
+    "The random basis is drawn again from its seed in every step and not stored; the released code "
+    "stores it.",
+    "The seed of a parameter is `seed` + its position + 1, so that runs with different seeds "
+    "differ; seed=0 is the code's.",
     "All projection types work; the code's scaling assumes std.",
     "A zero gradient leaves the limiter's memory alone.",
 )
@@ -66,10 +69,12 @@ def APOLLO(
 ) -> Composition:
     """The raw gradient times a factor per channel, estimated by Adam on a random projection.
 
-        R = project(G);  N = Adam(R);  phi_j = ||N_j|| / ||R_j||;  W <- W - lr sqrt(scale) limit(G phi)
+        R = project(G);  N = Adam(R);  phi_j = ||N_j|| / ||R_j||;  W <- W - lr sqrt(scale) limit(G
+        phi)
 
     Args:
-        rank: dimension of the random subspace, or a fraction of the smaller dimension; None for a plain group.
+        rank: dimension of the random subspace, or a fraction of the smaller dimension; None for a
+            plain group.
         update_proj_gap: steps between new random bases.
         scale: its square root multiplies the update.
         scale_type: "channel" or "tensor".
@@ -81,7 +86,16 @@ def APOLLO(
         finder: "gaussian" (from a seed), "svd", or any `Finder`.
     """
     return _apollo(
-        rank, update_proj_gap, scale, scale_type, scale_front, proj_type, betas, eps, growth_limit, finder
+        rank,
+        update_proj_gap,
+        scale,
+        scale_type,
+        scale_front,
+        proj_type,
+        betas,
+        eps,
+        growth_limit,
+        finder,
     )
 
 
@@ -121,5 +135,14 @@ def APOLLOMini(
         finder: "gaussian" (from a seed), "svd", or any `Finder`.
     """
     return _apollo(
-        rank, update_proj_gap, scale, scale_type, scale_front, proj_type, betas, eps, growth_limit, finder
+        rank,
+        update_proj_gap,
+        scale,
+        scale_type,
+        scale_front,
+        proj_type,
+        betas,
+        eps,
+        growth_limit,
+        finder,
     )

@@ -12,7 +12,8 @@ from subspan.subspaces.finders import Finder, RandomizedSVD, resolve_finder
 
 @recipe(
     "fira",
-    paper="Chen et al.: Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?, 2024, arXiv 2410.01623",
+    paper="Chen et al.: Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank "
+    "Constraint?, 2024, arXiv 2410.01623",
     lr=1e-2,
     memory="rm + 2rn + 1",
     evidence=(
@@ -21,9 +22,12 @@ from subspan.subspaces.finders import Finder, RandomizedSVD, resolve_finder
         "limit: at full rank without a limiter the residual vanishes",
     ),
     departures=(
-        "residual='code' (default) subtracts alpha times the projection as the released code does; 'paper' subtracts all of it.",
-        "The column factors are taken along the basis, also for square full-rank matrices (the code guesses by shape).",
-        "A zero gradient leaves the limiter's memory alone; the code lets the residual restart from 1e-8.",
+        "residual='code' (default) subtracts alpha times the projection as the released code does; "
+        "'paper' subtracts all of it.",
+        "The column factors are taken along the basis, also for square full-rank matrices (the "
+        "code guesses by shape).",
+        "A zero gradient leaves the limiter's memory alone; the code lets the residual restart "
+        "from 1e-8.",
         "Refresh and finder as for GaLore.",
     ),
 )
@@ -40,14 +44,18 @@ def Fira(
     stagger: bool = False,
     finder: str | Finder = "randomized",
 ) -> Composition:
-    """GaLore whose discarded residual is added back, scaled column by column as Adam scaled the coordinates.
+    """GaLore whose discarded residual is added back, scaled column by column as Adam scaled the
+    coordinates.
 
-        phi_j = ||N_j|| / ||R_j||;  S = limit((G - alpha lift(R)) phi);  W <- W - lr (alpha lift(N) + S)
+        phi_j = ||N_j|| / ||R_j||;  S = limit((G - alpha lift(R)) phi);  W <- W - lr (alpha lift(N)
+        + S)
 
     Args:
-        rank: dimension of the subspace, or a fraction of the smaller dimension; None for a plain group.
+        rank: dimension of the subspace, or a fraction of the smaller dimension; None for a plain
+            group.
         update_proj_gap: steps between refreshes.
-        alpha: factor on the lifted update (0.25 for 60M-350M, 0.0625 for 1B and 7B in the paper's scripts).
+        alpha: factor on the lifted update (0.25 for 60M-350M, 0.0625 for 1B and 7B in the paper's
+            scripts).
         proj_type: std, reverse_std, left or right.
         betas: averaging rates.
         eps: added to the root of the second moment before the bias correction.

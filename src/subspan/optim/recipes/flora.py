@@ -14,16 +14,23 @@ from subspan.subspaces.finders import Finder, SeededGaussian, resolve_finder
 
 @recipe(
     "flora",
-    paper="Hao, Cao, Mou: Flora: Low-Rank Adapters Are Secretly Gradient Compressors, 2024, arXiv 2402.03293",
+    paper="Hao, Cao, Mou: Flora: Low-Rank Adapters Are Secretly Gradient Compressors, 2024, arXiv "
+    "2402.03293",
     lr=1e-3,
     memory="rn + m + n",
-    evidence=("record: flora, flora_scaleparam, flora_accumulation (projections)", "law: E[A A^T] = I"),
+    evidence=(
+        "record: flora, flora_scaleparam, flora_accumulation (projections)",
+        "law: E[A A^T] = I",
+    ),
     departures=(
-        "beta1 defaults to 0.9: without momentum Flora's optimizer compresses nothing and is Adafactor.",
-        "Which matrices are compressed is decided as for every recipe, not by an aspect ratio of at most 4.",
+        "beta1 defaults to 0.9: without momentum Flora's optimizer compresses nothing and is "
+        "Adafactor.",
+        "Which matrices are compressed is decided as for every recipe, not by an aspect ratio of "
+        "at most 4.",
         "rank above the smaller dimension means full rank; the code then keeps full momentum.",
         "relative_step is not offered: the learning rate is always given.",
-        "The momentum is carried over with the old and the new projection (the torch code; the JAX code uses the old one twice).",
+        "The momentum is carried over with the old and the new projection (the torch code; the JAX "
+        "code uses the old one twice).",
     ),
 )
 def Flora(
@@ -37,12 +44,15 @@ def Flora(
     scale_parameter: bool = True,
     finder: str | Finder = "gaussian",
 ) -> Composition:
-    """Adafactor whose momentum lives in a random subspace: `A` is drawn from a seed and changes every kappa steps.
+    """Adafactor whose momentum lives in a random subspace: `A` is drawn from a seed and changes
+    every kappa steps.
 
-        u = Adafactor(G);  U = (1 - b) u + b lift(M);  M <- b M + (1 - b) project(u);  W <- W - lr clip(U)
+        u = Adafactor(G);  U = (1 - b) u + b lift(M);  M <- b M + (1 - b) project(u);  W <- W - lr
+        clip(U)
 
     Args:
-        rank: rows of the stored momentum, or a fraction of the smaller dimension; None for a plain group.
+        rank: rows of the stored momentum, or a fraction of the smaller dimension; None for a plain
+            group.
         kappa: steps between new projections.
         beta1: averaging rate of the momentum.
         eps: added to the squared gradient, and the smallest root mean square in `scale_parameter`.

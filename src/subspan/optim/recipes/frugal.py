@@ -25,20 +25,25 @@ _CHOICES = ("block", "svd", "random", "randperm", "columns", "rows", "randk")
 
 @recipe(
     "frugal",
-    paper="Zmushko et al.: FRUGAL: Memory-Efficient Optimization by Reducing State Overhead for Scalable Training, 2024, "
+    paper="Zmushko et al.: FRUGAL: Memory-Efficient Optimization by Reducing State Overhead for "
+    "Scalable Training, 2024, "
     "arXiv 2411.07837",
     lr=1e-3,
     memory="2 density mn (blocks, columns, rows, randk); round(density m) (m + 2n) (svd, random)",
     evidence=(
         "record: frugal_galore_{svd_sign,svd_sgd,svd_sgdm,baseline,random_sign,randperm_sign}, "
-        "frugal_coord_{columns,rows,randk,columns_lion}, frugal_block_{random,ascending,descending}",
+        "frugal_coord_{columns,rows,randk,columns_lion}, "
+        "frugal_block_{random,ascending,descending}",
         "limit: density 1 is the inner optimizer; density 0 keeps no state",
     ),
     departures=(
-        "Random choices derive from `seed`, the parameter and the step, not from the global generator.",
-        "official_momentum_start=True starts SGD's buffer from a copy of the first gradient (of the weight, for "
+        "Random choices derive from `seed`, the parameter and the step, not from the global "
+        "generator.",
+        "official_momentum_start=True starts SGD's buffer from a copy of the first gradient (of "
+        "the weight, for "
         "unprojected tensors and blocks), as the code does.",
-        "A refresh looks at every parameter's own counter; the code reads the first one's of the group.",
+        "A refresh looks at every parameter's own counter; the code reads the first one's of the "
+        "group.",
     ),
 )
 def FRUGAL(
@@ -59,13 +64,15 @@ def FRUGAL(
     official_momentum_start: bool = False,
     finder: str | Finder | None = None,
 ) -> Composition:
-    """Adam, Lion or SGD on a share of the gradient that changes every gap; signSGD on everything left, in the same step.
+    """Adam, Lion or SGD on a share of the gradient that changes every gap; signSGD on everything
+    left, in the same step.
 
     Args:
-        density: share of the gradient (of the smaller dimension, of columns, rows, entries, or tensors) with state.
+        density: share of the gradient (of the smaller dimension, of columns, rows, entries, or
+            tensors) with state.
         update_gap: steps between changes of that share.
-        projection: "block" (whole tensors), "svd", "random" (orthonormal), "randperm" (coordinates of the smaller
-            dimension), "columns", "rows" or "randk" (entries).
+        projection: "block" (whole tensors), "svd", "random" (orthonormal), "randperm" (coordinates
+            of the smaller dimension), "columns", "rows" or "randk" (entries).
         block_order: "random", "ascending", "descending" or "mirror" (block).
         proj_type: std, reverse_std, left, right or full (svd, random, randperm).
         inner: "adamw", "lion" or "sgd".
@@ -80,11 +87,15 @@ def FRUGAL(
         finder: replaces the projection's own finder.
     """
     if inactive_update_rule not in _RULES:
-        raise ValueError(f"inactive_update_rule={inactive_update_rule!r} must be one of {', '.join(_RULES)}")
+        raise ValueError(
+            f"inactive_update_rule={inactive_update_rule!r} must be one of {', '.join(_RULES)}"
+        )
     if projection not in _CHOICES:
         raise ValueError(f"projection={projection!r} must be one of {', '.join(_CHOICES)}")
     rule = _RULES[inactive_update_rule]
-    core, plain = _inner(inner, betas, eps, momentum, official_momentum_start, projection == "block")
+    core, plain = _inner(
+        inner, betas, eps, momentum, official_momentum_start, projection == "block"
+    )
     common = Composition(
         inner=core,
         plain=plain,
@@ -92,7 +103,9 @@ def FRUGAL(
         output=Lift(1.0),
         lr_scale=proj_params_lr_scale,
         activity=Blocks(density, update_gap, block_order) if projection == "block" else None,  # type: ignore[arg-type]
-        remainder=Discard() if rule is None or projection != "block" else Stateless(rule, inactive_lr_scale),  # type: ignore[arg-type]
+        remainder=Discard()
+        if rule is None or projection != "block"
+        else Stateless(rule, inactive_lr_scale),  # type: ignore[arg-type]
     )
     if projection == "block":
         return common

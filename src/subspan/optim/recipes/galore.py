@@ -14,18 +14,22 @@ from subspan.subspaces.finders import Finder, RandomizedSVD, resolve_finder
 
 @recipe(
     "galore",
-    paper="Zhao et al.: GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection, 2024, arXiv 2403.03507",
+    paper="Zhao et al.: GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection, "
+    "2024, arXiv 2403.03507",
     lr=1e-2,
     memory="rm + 2rn (+ full moments of what is not projected)",
     evidence=(
-        "record: galore_adamw_{std,reverse_std,left,right,full}, _std_wd0.1, galore_adafactor{,_beta1,_scaleparam}, "
+        "record: galore_adamw_{std,reverse_std,left,right,full}, _std_wd0.1, "
+        "galore_adafactor{,_beta1,_scaleparam}, "
         "galore_adamw8bit_states32",
-        "limit: full rank and unit scale is AdamW in rotated coordinates; with finder='svd' and Lion or SGD inner, too",
+        "limit: full rank and unit scale is AdamW in rotated coordinates; with finder='svd' and "
+        "Lion or SGD inner, too",
         "law: the basis captures at least 99.5 % of the exact one's energy",
     ),
     departures=(
         "The default finder is a warm-started randomised SVD; finder='svd' is the published one.",
-        "Signs of a new basis are aligned with the old one; LAPACK's arbitrary signs mirror kept moments.",
+        "Signs of a new basis are aligned with the old one; LAPACK's arbitrary signs mirror kept "
+        "moments.",
         "A zero gradient at a refresh keeps the old basis and looks again at the next step.",
         "Adafactor rejects relative_step: the learning rate is always given.",
     ),
@@ -48,28 +52,33 @@ def GaLore(
     stagger: bool = False,
     finder: str | Finder = "randomized",
 ) -> Composition:
-    """Adam (or Adafactor) on the gradient's projection on its leading singular vectors, found anew every gap steps.
+    """Adam (or Adafactor) on the gradient's projection on its leading singular vectors, found anew
+    every gap steps.
 
         R = project(G);  N = Adam(R);  W <- W - lr scale lift(N)
 
     The moments are kept over a refresh although their coordinates change.
 
     Args:
-        rank: dimension of the subspace, or a fraction of the smaller dimension; None for a plain group.
+        rank: dimension of the subspace, or a fraction of the smaller dimension; None for a plain
+            group.
         update_proj_gap: steps between refreshes (200; 500 at 7B).
-        scale: factor on the lifted update; with `lr` the step of projected matrices is `lr * scale`.
+        scale: factor on the lifted update; with `lr` the step of projected matrices is `lr *
+            scale`.
         proj_type: std compresses the smaller dimension; reverse_std, left, right, full.
         inner: "adamw" or "adafactor".
         betas: averaging rates (adamw).
         eps: added to the root of the second moment; None: 1e-6 ("hf"), 1e-8 otherwise (adamw).
         correct_bias: correct the moments' bias (adamw).
-        convention: place of eps and decay, "hf" (the released AdamW), "torch", or "bitsandbytes" (its 8-bit AdamW).
+        convention: place of eps and decay, "hf" (the released AdamW), "torch", or "bitsandbytes"
+            (its 8-bit AdamW).
         beta1: rate of the first moment (adafactor); None keeps none.
         clip_threshold: largest root mean square of the step inside the subspace (adafactor).
         decay_rate: exponent of the second moment's rate (adafactor).
         scale_parameter: multiply lr with max(1e-3, rms(W)) (adafactor).
         stagger: spread the refreshes of different matrices over the gap.
-        finder: "randomized" (warm-started randomised SVD), "svd" (exact, as published), or any `Finder`.
+        finder: "randomized" (warm-started randomised SVD), "svd" (exact, as published), or any
+            `Finder`.
     """
     core, plain = galore_inner(
         inner, betas, eps, correct_bias, convention, beta1, clip_threshold, decay_rate

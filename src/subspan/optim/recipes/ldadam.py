@@ -1,4 +1,5 @@
-"""LDAdam: Adam in a subspace that moves at every step, with moments transported and errors fed back."""
+"""LDAdam: Adam in a subspace that moves at every step, with moments transported and errors fed
+back."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from subspan.subspaces.finders import Finder, WarmPowerIteration, resolve_finder
 
 @recipe(
     "ldadam",
-    paper="Robert et al.: LDAdam: Adaptive Optimization from Low-Dimensional Gradient Statistics, 2024, arXiv 2410.16103",
+    paper="Robert et al.: LDAdam: Adaptive Optimization from Low-Dimensional Gradient Statistics, "
+    "2024, arXiv 2410.16103",
     lr=1e-3,
     memory="rm + 2rn, + mn with error feedback",
     evidence=(
@@ -21,7 +23,8 @@ from subspan.subspaces.finders import Finder, WarmPowerIteration, resolve_finder
         "law: the transport is the identity when the basis did not change",
     ),
     departures=(
-        "The error is a buffer of its own; the code keeps it in .grad, where clearing, clipping or averaging destroys it.",
+        "The error is a buffer of its own; the code keeps it in .grad, where clearing, clipping or "
+        "averaging destroys it.",
         "Bias corrections count each parameter's own steps, not the optimizer's.",
     ),
 )
@@ -37,17 +40,20 @@ def LDAdam(
 ) -> Composition:
     """Adam in a subspace that follows gradient and momentum by one power iteration per step.
 
-        A = G + E;  Q = orth(b (b^T Q_old)), b = rho lift_old(M) + (1 - rho) A;  moments are carried to Q statistically;
-        E = A - lift(R) + b1 / (1 - b1) (lift_old(M_old) - lift(M));  W <- W - lr lift(Adam(R))
+        A = G + E;  Q = orth(b (b^T Q_old)), b = rho lift_old(M) + (1 - rho) A;  moments are carried
+        to Q statistically; E = A - lift(R) + b1 / (1 - b1) (lift_old(M_old) - lift(M));  W <- W -
+        lr lift(Adam(R))
 
     Args:
-        rank: dimension of the subspace, or a fraction of the smaller dimension; None for a plain group.
+        rank: dimension of the subspace, or a fraction of the smaller dimension; None for a plain
+            group.
         rho: weight of the momentum in the matrix whose subspace is tracked.
         betas: averaging rates.
         eps: added to the root of the second moment after the bias correction.
         error_feedback: add what the compression of gradient and momentum lost to the next gradient.
         proj_type: std, reverse_std, left, right.
-        finder: "power", or any `Finder`; `WarmPowerIteration(rho, exact=True)` takes the exact subspace of b.
+        finder: "power", or any `Finder`; `WarmPowerIteration(rho, exact=True)` takes the exact
+            subspace of b.
     """
     return Composition(
         inner=Adam(betas, eps),
