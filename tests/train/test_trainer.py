@@ -185,6 +185,24 @@ def test_failed_save_removes_its_part_and_keeps_earlier_checkpoints(
     assert checkpoints.last_complete(tmp_path) == tmp_path / "checkpoint-2"
 
 
+def test_failed_write_on_a_full_disk_is_told_from_other_failures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(*_: Any, **__: Any) -> None:
+        raise RuntimeError("unexpected pos 403456 vs 403344")  # What torch says of a full disk.
+
+    def no_space(folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(RuntimeError, match="unexpected pos"):
+        trainer(tmp_path).train()
+    monkeypatch.setattr("subspan.train.trainer.check_space", no_space)
+    with pytest.raises(OSError, match="No space left"):
+        trainer(tmp_path).train()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_old_checkpoints_go_only_after_the_new_one_is_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,7 +34,9 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """
     if out is None or out.dtype != a.dtype:
         return store(a @ b, out)
-    batch = broadcast_batch(a.shape[:-2], b.shape[:-2])
+    # Broadcasting shapes is slow Python, and plain matrices are the optimizers' hot path.
+    plain = a.ndim == b.ndim == 2
+    batch = () if plain else broadcast_batch(a.shape[:-2], b.shape[:-2])
     check_out(out, (*batch, a.shape[-2], b.shape[-1]))
     return torch.matmul(a, b, out=out)
 

@@ -28,7 +28,9 @@ def param_groups_for_model(
     project: Sequence[str] | str | None = None,
     exclude: Sequence[str] | str | None = None,
 ) -> list[dict[str, Any]]:
-    """Two param groups: the matrices to project, and everything else with `project=False`.
+    """Param groups: the matrices to project, and everything else with `project=False`.
+
+    Groups that would be empty are left out.
 
     Projected are the weights of linear and convolution layers (and attention's packed input
     projections) except embeddings, output heads (by name, or tied to an embedding) and norms.
@@ -72,11 +74,10 @@ def param_groups_for_model(
             matrices.append((name, parameter))
     groups: list[dict[str, Any]] = [
         {"params": matrices, "project": True},
+        {"params": stacked, "project": True, "stacked": True},
         {"params": others, "project": False},
     ]
-    if stacked:
-        groups.insert(1, {"params": stacked, "project": True, "stacked": True})
-    return groups
+    return [group for group in groups if group["params"]]
 
 
 def _layer_kinds(model: nn.Module) -> dict[int, str]:

@@ -35,7 +35,11 @@ def lead(runs: Sequence[Run]) -> str:
     parts = [f'<p class="lead">{escape(" · ".join(facts))}</p>']
     if len(done) > 1:
         if same_inputs([each for _, each in done]):
-            parts.append('<p class="note">Same initial weights and text in every run.</p>')
+            first = escape(done[0][0].name)
+            parts.append(
+                '<p class="note">Same initial weights and text in every run. '
+                f"Changes are against {first}.</p>"
+            )
         else:
             parts.append(
                 '<p class="note warning">The runs differ in initial weights or text, so their '

@@ -345,17 +345,22 @@ class SeededGaussian(Finder):
         # The order of the published draws: Flora's left and APOLLO's right basis are drawn
         # transposed.
         rows = (side == "left") == self.split
-        drawn = Seeded(
+        drawn = matrix_seeds(seeds, layout)
+        lead = layout.view[:-2]
+        single = len(drawn) == 1 and not lead
+        basis = Seeded(
             side,
             layout.side_size,
             layout.rank,
-            matrix_seeds(seeds, layout),
+            drawn[0] if single else drawn,
             dtype,
             device,
             "gaussian_rows" if rows else "gaussian",
-            lead=layout.view[:-2],
+            lead=lead,
         ).dense()
-        return Dense(side, drawn[0] if len(seeds) == 1 else drawn, orthonormal=False)
+        if lead and len(seeds) == 1:
+            basis = basis[0]
+        return Dense(side, basis, orthonormal=False)
 
 
 @dataclass(frozen=True)

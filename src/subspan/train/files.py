@@ -53,6 +53,20 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def check_space(folder: Path) -> None:
+    """Write and delete a file of one megabyte, to tell a full disk (or quota) from other failures.
+
+    torch reports a failed write as a RuntimeError about file positions, with no word of the disk.
+
+    Raises:
+        OSError: the file could not be written.
+    """
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(1 << 20))
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def cache_folder(given: str | None) -> Path:
     """Folder for tokenised text: `given`, else $SUBSPAN_CACHE, else the user's cache folder."""
     if given:

@@ -71,9 +71,9 @@ def run_job(config: TrainConfig, console: Console | None = None) -> dict[str, An
             return _train(config, folder, inputs, console)
     except OSError as error:
         raise _disk_error(error, folder) from error
-    except RuntimeError as error:
-        # torch and safetensors report a full disk with types of their own.
-        if not is_disk_full(error) and not _disk_is_full(folder):
+    except Exception as error:
+        # safetensors and others report a full disk with types of their own.
+        if not is_disk_full(error):
             raise
         raise _disk_error(error, folder) from error
     finally:
@@ -81,12 +81,8 @@ def run_job(config: TrainConfig, console: Console | None = None) -> dict[str, An
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _disk_is_full(folder: Path) -> bool:
-    return folder.exists() and shutil.disk_usage(folder).free < 1 << 20
-
-
 def _disk_error(error: BaseException, folder: Path) -> JobError:
-    if is_disk_full(error) or isinstance(error, RuntimeError):
+    if is_disk_full(error):
         return JobError(
             f"the disk of {folder} (or of the cache) is full; free space and run the same command "
             "again: earlier checkpoints are untouched and the run goes on from the last one"

@@ -20,6 +20,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from subspan.train import checkpoints
 from subspan.train.errors import JobError
+from subspan.train.files import check_space
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -260,10 +261,9 @@ class SubspanTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             if self.args.should_save:
                 checkpoints.commit(folder, self.identity())
-        except BaseException:
-            # A part of a checkpoint is of no use and may be what fills the disk.
+        except BaseException as error:
             if self.args.should_save:
-                shutil.rmtree(folder, ignore_errors=True)
+                _discard(folder, error)
             raise
         finally:
             self.args.save_total_limit = limit
@@ -273,3 +273,16 @@ class SubspanTrainer(Trainer):
                 save_total_limit=limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
             )
+
+
+def _discard(folder: Path, error: BaseException) -> None:
+    """Delete a part of a checkpoint: it is of no use and may be what fills the disk.
+
+    Raises:
+        OSError: the disk is full, which `error` may not say.
+    """
+    try:
+        if isinstance(error, RuntimeError):
+            check_space(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

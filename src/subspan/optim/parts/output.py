@@ -137,12 +137,14 @@ class NormScaled(Remainder):
     def join(self, scene: Scene, scale: float) -> Update:
         """See the class."""
         share = scale if self.scaled else 1.0
-        factor = channel_factors(scene)
+        inside = channel_energies(scene.coordinates, scene)
+        factor = channel_factors(scene, inside)
         if self.growth_limit is not None:
-            energies = residual_energies(scene, share)
+            energies = residual_energies(scene, inside, share)
             norm = (factor.square() * energies).sum((-2, -1)).sqrt_()
             factor = factor * limit_growth(norm, scene.state, self.growth_limit)[..., None, None]
-        value = scene.direction.value.mul_(scale).addcmul_(scene.coordinates, factor, value=-share)
+        value = scene.direction.value if scale == 1.0 else scene.direction.value.mul_(scale)
+        value.addcmul_(scene.coordinates, factor, value=-share)
         return Update(value, scene.direction.step, factor * scene.direction.step)
 
 
@@ -284,10 +286,13 @@ class RescaledGradient:
         """The update of one bucket."""
         root = math.sqrt(self.scale)
         tensor = self.granularity == "tensor"
-        factor = tensor_factor(scene) if tensor else channel_factors(scene)
+        if tensor:
+            factor = tensor_factor(scene)
+        else:
+            factor = channel_factors(scene, channel_energies(scene.coordinates, scene))
         if self.growth_limit is not None:
             front = root if self.scale_front else 1.0
-            energies = channel_energies(scene.gradient, scene.layout, scene.work)
+            energies = channel_energies(scene.gradient, scene)
             norm = (factor.square() * energies).sum((-2, -1)).sqrt_().mul_(front)
             factor = factor * limit_growth(norm, scene.state, self.growth_limit)[..., None, None]
         return Update(scale=factor * (root * scene.direction.step))
@@ -330,17 +335,23 @@ def limit_growth(norm: Tensor, state: dict[str, Any], limit: float) -> Tensor:
     return factor
 
 
-def rank_axis(layout: Layout) -> int:
-    """The axis of the coordinates that runs over the basis."""
-    return -2 if layout.side == "left" else -1
+def channel_energies(x: Tensor, scene: Scene) -> Tensor:
+    """Squared norm of every column (left, `(..., 1, n)`) or row (right, `(..., m, 1)`)."""
+    if scene.layout.side != "left":
+        return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+    # A norm along columns strides through memory; squaring first and summing rows does not.
+    return torch.mul(x, x, out=scene.work.like(x)).sum(-2, keepdim=True)
 
 
-def channel_factors(scene: Scene) -> Tensor:
-    """How much the inner optimizer rescaled every column (left) or row (right), `(..., 1, n)` or
-    `(..., m, 1)`."""
-    axis = rank_axis(scene.layout)
-    scaled = torch.linalg.vector_norm(scene.direction.value, dim=axis, keepdim=True)
-    return scaled / (torch.linalg.vector_norm(scene.coordinates, dim=axis, keepdim=True) + TINY)
+def channel_factors(scene: Scene, inside: Tensor) -> Tensor:
+    """How much the inner optimizer rescaled every column (left) or row (right).
+
+    Args:
+        scene: the bucket.
+        inside: `channel_energies` of the coordinates.
+    """
+    scaled = channel_energies(scene.direction.value, scene).sqrt_()
+    return scaled.div_(inside.sqrt().add_(TINY))
 
 
 def tensor_factor(scene: Scene) -> Tensor:
@@ -352,27 +363,25 @@ def tensor_factor(scene: Scene) -> Tensor:
     ]
 
 
-def channel_energies(gradient: Tensor, layout: Layout, work: Workspace) -> Tensor:
-    """Squared norm of every column (left) or row (right) of the gradient."""
-    squares = torch.mul(gradient, gradient, out=work.like(gradient))
-    return squares.sum(rank_axis(layout), keepdim=True)
-
-
-def residual_energies(scene: Scene, share: float) -> Tensor:
+def residual_energies(scene: Scene, inside: Tensor, share: float) -> Tensor:
     """Squared norm of every column or row of `G - share lift(R)`, without forming it.
 
     `||G_j||^2 - 2 share ||R_j||^2 + share^2 ||lift(R)_j||^2`, where the last norm is that of the
     coordinates for an orthonormal basis and is weighted with the r x r Gram matrix otherwise.
+
+    Args:
+        scene: the bucket.
+        inside: `channel_energies` of the coordinates, `||R_j||^2`.
+        share: see above.
     """
-    axis = rank_axis(scene.layout)
-    energies = channel_energies(scene.gradient, scene.layout, scene.work)
-    inside = scene.coordinates.square()
+    lifted = inside
     if not scene.subspace.orthonormal:
         basis = scene.subspace.dense(inside.dtype)
         assert isinstance(basis, Tensor)
         gram = basis.mT @ basis
-        turned = gram @ scene.coordinates if axis == -2 else scene.coordinates @ gram
-        inside = share * share * (turned * scene.coordinates) - 2.0 * share * inside
-    else:
-        inside = (share * share - 2.0 * share) * inside
-    return (energies + inside.sum(axis, keepdim=True)).clamp_(min=0.0)
+        r = scene.coordinates
+        left = scene.layout.side == "left"
+        turned = (gram @ r if left else r @ gram).mul_(r)
+        lifted = turned.sum(-2 if left else -1, keepdim=True)
+    outside = channel_energies(scene.gradient, scene)
+    return (outside - 2.0 * share * inside + share * share * lifted).clamp_(min=0.0)
