@@ -23,9 +23,9 @@ def measure(shapes: list[str], families: list[str], quality: bool) -> dict[str, 
     import torch
 
     from benchmarks.contenders import contenders
-    from benchmarks.floors import MachineRates
+    from benchmarks.floors import Machine
     from benchmarks.machine import describe
-    from benchmarks.optimizer_step import attach_floors, measure_family, measure_staggered
+    from benchmarks.optimizer_step import measure_family, measure_staggered
     from benchmarks.shapes import SHAPES, Model
 
     torch.set_num_threads(1)
@@ -36,20 +36,20 @@ def measure(shapes: list[str], families: list[str], quality: bool) -> dict[str, 
 
         results["refresh"] = measure_quality(SHAPES["10m"], SHAPES["60m"], _progress)
         torch.set_num_threads(1)
+    machine = Machine()
     for name in shapes:
-        shape, rates = SHAPES[name], MachineRates()
+        shape, rates = SHAPES[name], []
         model = Model(shape)
-        rows: list[dict[str, Any]] = []
         for family in dict.fromkeys(c.family for c in contenders()):
             if families and family not in families:
                 continue
             members = [c for c in contenders() if c.family == family]
-            rows += measure_family(members, model, shape, rates, _progress)
-        attach_floors(rows, shape, rates)
-        results["rows"] += rows
+            rows, seen = measure_family(members, model, shape, machine, _progress)
+            results["rows"] += rows
+            rates.append(seen)
         if not families or "galore" in families:
             results["staggered"].append(measure_staggered(model, shape))
-        results["rates"][name] = rates.summary()
+        results["rates"][name] = rates
     results["seconds"] = time.perf_counter() - start
     return results
 

@@ -40,9 +40,9 @@ def _time_bars(rows: list[Numbers]) -> list[Bar]:
             if ours == "GaLore" and kinds["refresh"] is not None:
                 bars.append(_at_most(f"refresh step, {against}", 0.2, kinds["refresh"]["median"]))
     for row in rows:
-        if row["package"] == "subspan" and row["name"] in _PEERS and "floor" in row:
+        if row["package"] == "subspan" and row["name"] in _PEERS and row.get("floor"):
             what = f"normal step, {row['name']} over its floor"
-            bars.append(_at_most(what, 1.3, row["floor"]["distance"]))
+            bars.append(_at_most(what, 1.3, row["floor"]["distance"]["median"]))
     return bars
 
 

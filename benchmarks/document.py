@@ -70,7 +70,7 @@ def _step_table(rows: list[Numbers]) -> str:
                 _ms_spread(row["refresh"]["cpu"]),
                 _ms(row["amortised"]) if "amortised" in row else "",
                 _ms(floor["products"] + floor["memory"]) if floor else "",
-                f"{floor['distance']:.2f}" if floor else "",
+                _ratio(floor["distance"]) if floor else "",
             ]
         )
     return _table(header, body)
@@ -111,20 +111,35 @@ def _memory_table(rows: list[Numbers]) -> str:
     return _table(header, body)
 
 
-def _floor_text(results: Numbers, shape: Shape) -> str:
-    rates = results["rates"][shape.name]
-    parts = [f"Measured in the same run, one thread: {rates['bandwidth'] / 1e9:.1f} GB/s."]
-    for p in rates["products"]:
-        where = f"{p['m']}x{p['n']} at rank {p['rank']}"
-        rate = f"project {p['project'] / 1e9:.0f}, lift {p['lift'] / 1e9:.0f} GFLOP/s"
-        parts.append(f"fp32 products {where}: {rate}.")
-    lines = [
-        f"{row['name']}: {row['floor']['flops'] / 1e9:.2f} GFLOP, "
-        f"{row['floor']['bytes'] / 1e9:.3f} GB."
+def _floor_table(results: Numbers, shape: Shape) -> str:
+    """Unavoidable work of each method and the rates that were measured between its steps."""
+    ours = {
+        row["family"]: row
         for row in results["rows"]
         if row["shape"] == shape.name and row["package"] == "subspan" and row.get("floor")
-    ]
-    return " ".join(parts + lines) + "\n"
+    }
+    body = []
+    for rates in results["rates"][shape.name]:
+        row = ours.get(rates["family"])
+        if row is None:
+            continue
+        floor = row["floor"]
+        products = "; ".join(
+            f"{p['m']}x{p['n']}: {p['project'] / 1e9:.0f}, {p['lift'] / 1e9:.0f}"
+            for p in rates["products"]
+        )
+        body.append(
+            [
+                row["name"],
+                f"{floor['flops'] / 1e9:.2f}",
+                f"{floor['bytes'] / 1e9:.3f}",
+                products,
+                f"{rates['bandwidth'] / 1e9:.1f}",
+                f"{_ms(floor['products'])} + {_ms(floor['memory'])}",
+            ]
+        )
+    header = ["method", "GFLOP", "GB", "project, lift GFLOP/s", "GB/s", "floor ms"]
+    return _table(header, body)
 
 
 def _shape_section(results: Numbers, shape: Shape) -> str:
@@ -146,7 +161,7 @@ def _shape_section(results: Numbers, shape: Shape) -> str:
             f"{shape.vocab * shape.hidden * 4 / 2**20:.2f} MiB.\n",
             _memory_table(rows),
             "### Floor\n",
-            _floor_text(results, shape),
+            _floor_table(results, shape),
         ]
     )
 
@@ -176,9 +191,10 @@ def _quality_section(quality: Numbers) -> str:
 
 
 def _bars_section(results: Numbers) -> str:
-    body = [
-        [what, bar, found, "yes" if held else "**no**"] for what, bar, found, held in bars(results)
-    ]
+    marks = {True: "yes", False: "**no**"}
+    body = [[what, bar, found, marks[held]] for what, bar, found, held in bars(results)]
+    if not body:
+        return ""
     return "## The project's own bars, 60M\n\n" + _table(["what", "bar", "measured", "held"], body)
 
 

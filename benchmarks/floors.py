@@ -26,10 +26,9 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from benchmarks.measure import timed
 from benchmarks.shapes import Shape
@@ -60,13 +59,12 @@ def step_flops(family: str, shape: Shape) -> int:
     return PRODUCTS[family] * sum(2 * m * n * min(rank, m, n) for m, n in shape.projected())
 
 
-def _median_seconds(call: Callable[[], object], repeats: int) -> float:
+def _cpu_seconds(call: Callable[[], object], repeats: int) -> float:
     """CPU time, like the steps that the floor is compared with: another process does not count."""
-    call()
     return statistics.median(timed(call).cpu for _ in range(repeats))
 
 
-def product_seconds(m: int, n: int, r: int, repeats: int = 5) -> tuple[float, float]:
+def _product_seconds(m: int, n: int, r: int, repeats: int = 4) -> tuple[float, float]:
     """(project, lift) of one m x n matrix in cached buffers, each in its fastest layout."""
     long, short = max(m, n), min(m, n)
     g, c, out = torch.randn(long, short), torch.randn(long, r), torch.empty(long, short)
@@ -82,54 +80,44 @@ def product_seconds(m: int, n: int, r: int, repeats: int = 5) -> tuple[float, fl
         lambda: torch.mm(c, basis.t(), out=out),
     ]
     return (
-        min(_median_seconds(call, repeats) for call in project),
-        min(_median_seconds(call, repeats) for call in lift),
+        min(_cpu_seconds(call, repeats) for call in project),
+        min(_cpu_seconds(call, repeats) for call in lift),
     )
 
 
-def bandwidth(array: Tensor, repeats: int = 3) -> float:
-    """Bytes per second of scaling an array in place: one read and one write of it."""
-    seconds = _median_seconds(lambda: array.mul_(1.0000001), repeats)
-    return 2 * array.numel() * array.element_size() / seconds
+@dataclass(frozen=True)
+class Rates:
+    """What the machine does at one moment: bytes per second, and seconds of the products.
 
+    Bandwidth is that of scaling an array in place, one read and one write.
+    """
 
-@dataclass
-class MachineRates:
-    """Rates measured several times over a run; the floor uses the median of each."""
+    bandwidth: float
+    products: dict[tuple[int, int, int], tuple[float, float]]
 
-    bandwidths: list[float] = field(default_factory=list)
-    products: dict[tuple[int, int, int], list[tuple[float, float]]] = field(default_factory=dict)
-    # 512 MiB, far larger than a cache; kept, since mapping it anew takes longer than the scaling.
-    _array: Tensor = field(default_factory=lambda: torch.ones(1 << 27), repr=False)
-
-    def sample(self, shape: Shape, family: str) -> None:
-        """Measure the bandwidth, and the products of one shape and method, again."""
-        self.bandwidths.append(bandwidth(self._array))
-        if not PRODUCTS.get(family):
-            return
-        rank = method_rank(family, shape)
-        for m, n in sorted({(max(size), min(size)) for size in shape.projected()}):
-            self.products.setdefault((m, n, rank), []).append(product_seconds(m, n, min(rank, n)))
-
-    def floor_seconds(self, family: str, shape: Shape) -> tuple[float, float] | None:
-        """(matrix products, memory) of one normal step, or None where no floor is stated."""
-        if family not in PRODUCTS:
-            return None
-        rank = method_rank(family, shape)
+    def floor(self, family: str, shape: Shape) -> tuple[float, float]:
+        """Seconds of (matrix products, memory traffic) of one normal step."""
+        rank, count = method_rank(family, shape), PRODUCTS[family]
         seconds = 0.0
-        for size in shape.projected() if PRODUCTS[family] else []:
-            samples = self.products[(max(size), min(size), rank)]
-            seconds += statistics.median(s[0] for s in samples)
-            if PRODUCTS[family] == 2:
-                seconds += statistics.median(s[1] for s in samples)
-        return seconds, step_bytes(family, shape) / statistics.median(self.bandwidths)
+        for m, n in shape.projected() if count else []:
+            project, lift = self.products[(max(m, n), min(m, n), rank)]
+            seconds += project + (lift if count == 2 else 0.0)
+        return seconds, step_bytes(family, shape) / self.bandwidth
 
-    def summary(self) -> dict[str, object]:
-        """The measured rates, for the report."""
-        products = []
-        for (m, n, r), samples in sorted(self.products.items()):
-            flops = 2 * m * n * min(r, n)
-            project, lift = (statistics.median(s[i] for s in samples) for i in (0, 1))
-            rates = {"project": flops / project, "lift": flops / lift}
-            products.append({"m": m, "n": n, "rank": r, **rates})
-        return {"bandwidth": statistics.median(self.bandwidths), "products": products}
+
+class Machine:
+    """Measures rates; meant to take its turn among the optimizers, once per round."""
+
+    def __init__(self) -> None:
+        # 512 MiB, far larger than a cache; kept, since mapping it anew takes longer than scaling.
+        self._array = torch.ones(1 << 27)
+
+    def rates(self, shape: Shape, family: str) -> Rates:
+        """The bandwidth, and the products of one shape and method, now."""
+        seconds = timed(lambda: self._array.mul_(1.0000001)).cpu
+        products = {}
+        if PRODUCTS.get(family):
+            rank = method_rank(family, shape)
+            for m, n in sorted({(max(size), min(size)) for size in shape.projected()}):
+                products[(m, n, rank)] = _product_seconds(m, n, min(rank, n))
+        return Rates(2 * self._array.numel() * 4 / seconds, products)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.contenders import Contender
-from benchmarks.floors import MachineRates, step_bytes, step_flops
+from benchmarks.floors import PRODUCTS, Machine, Rates, step_bytes, step_flops
 from benchmarks.measure import (
     Elapsed,
     optimizer_bytes,
@@ -132,45 +132,58 @@ def _row(run: Run, shape: Shape) -> dict[str, Any]:
     return row
 
 
-def attach_floors(rows: list[dict[str, Any]], shape: Shape, rates: MachineRates) -> None:
-    """Add each row's floor, once all samples of the machine's rates are in."""
-    for row in rows:
-        family = "adamw" if row["package"] == "torch" else row["family"]
-        floor = None if row["error"] else rates.floor_seconds(family, shape)
-        if floor is not None:
-            row["floor"] = {
-                "products": floor[0],
-                "memory": floor[1],
-                "flops": step_flops(family, shape),
-                "bytes": step_bytes(family, shape),
-                "distance": row["normal"]["cpu"]["median"] / sum(floor),
-            }
+def _floor(run: Run, shape: Shape, rates: list[Rates]) -> dict[str, Any] | None:
+    """The floor from the rates of each round, and this run's normal steps relative to it."""
+    family = "adamw" if run.contender.package == "torch" else run.contender.family
+    if family not in PRODUCTS:
+        return None
+    floors = [now.floor(family, shape) for now in rates]
+    steps = {i: t.cpu for i, t in run.times.get("normal", {}).items() if i >= _WARM_UP}
+    return {
+        "products": statistics.median(f[0] for f in floors),
+        "memory": statistics.median(f[1] for f in floors),
+        "flops": step_flops(family, shape),
+        "bytes": step_bytes(family, shape),
+        "distance": spread([seconds / sum(floors[i]) for i, seconds in steps.items()]),
+    }
+
+
+def _rates_seen(rates: list[Rates]) -> dict[str, Any]:
+    """Medians over the rounds, for the report."""
+    products = []
+    for (m, n, r), _ in rates[0].products.items():
+        flops = 2 * m * n * min(r, n)
+        both = [now.products[(m, n, r)] for now in rates]
+        project, lift = (flops / statistics.median(b[i] for b in both) for i in (0, 1))
+        products.append({"m": m, "n": n, "rank": r, "project": project, "lift": lift})
+    return {"bandwidth": statistics.median(now.bandwidth for now in rates), "products": products}
 
 
 def measure_family(
     members: list[Contender],
     model: Model,
     shape: Shape,
-    rates: MachineRates,
+    machine: Machine,
     progress: Callable[[str], None],
-) -> list[dict[str, Any]]:
-    """Step the members of one family in turn and return their rows."""
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Step the members of one family in turn; return their rows and the machine's rates."""
     family = members[0].family
-    rates.sample(shape, family)
-    runs, kept_alive = [], []
+    runs, kept_alive, rates = [], [], []
     for member in members:
         run, parameters = _start(member, model, shape)
         runs.append(run)
         kept_alive.append(parameters)
     for index in range(_ROUNDS):
+        rates.append(machine.rates(shape, family))
         # Start each round with another member: nobody always runs after the same neighbour.
         offset = index % len(runs)
         for run in runs[offset:] + runs[:offset]:
             run.step(index)
-    rates.sample(shape, family)
     rows = [_row(run, shape) for run in runs]
     mine = [run for run in runs if run.contender.ours and run.optimizer is not None]
     for run, row in zip(runs, rows, strict=True):
+        if run.optimizer is not None:
+            row["floor"] = _floor(run, shape, rates)
         if run.contender.ours or run.optimizer is None:
             continue
         row["ours_over_this"] = {
@@ -182,7 +195,7 @@ def measure_family(
         progress(f"{shape.name} {run.contender.label}: {said}")
     del runs, kept_alive
     release_memory()
-    return rows
+    return rows, {"family": family, **_rates_seen(rates)}
 
 
 def measure_staggered(model: Model, shape: Shape) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ Imports that take time stand inside the commands, so that `--help` and `--versio
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from subspan import __version__
+from subspan.train import flags
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,108 +37,6 @@ Setting = Annotated[
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
-
-
-_METHOD, _TEXT, _RUN = "Method", "Model and text", "Run"
-
-Model = Annotated[
-    str | None, typer.Option("--model", help="Named size or local folder.", rich_help_panel=_TEXT)
-]
-Corpus = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--corpus", help="Built-in name, file, folder or datasets:NAME.", rich_help_panel=_TEXT
-    ),
-]
-Tokenizer = Annotated[
-    str | None, typer.Option("--tokenizer", help="Folder of a tokenizer.", rich_help_panel=_TEXT)
-]
-Vocabulary = Annotated[
-    int | None,
-    typer.Option("--vocab-size", help="Size of a tokenizer trained here.", rich_help_panel=_TEXT),
-]
-Length = Annotated[
-    int | None,
-    typer.Option("--sequence-length", help="Tokens of one sequence.", rich_help_panel=_TEXT),
-]
-Method = Annotated[
-    str | None,
-    typer.Option("--method", help="Name from `subspan methods`.", rich_help_panel=_METHOD),
-]
-Lr = Annotated[
-    float | None,
-    typer.Option("--lr", help="Learning rate of projected matrices.", rich_help_panel=_METHOD),
-]
-PlainLr = Annotated[
-    float | None,
-    typer.Option("--plain-lr", help="Learning rate of everything else.", rich_help_panel=_METHOD),
-]
-Rank = Annotated[
-    str | None,
-    typer.Option("--rank", help="Rank, or share of the smaller side.", rich_help_panel=_METHOD),
-]
-Gap = Annotated[
-    int | None,
-    typer.Option("--update-proj-gap", help="Steps between refreshes.", rich_help_panel=_METHOD),
-]
-Scale = Annotated[
-    float | None,
-    typer.Option("--scale", help="Factor of the lifted update.", rich_help_panel=_METHOD),
-]
-Decay = Annotated[
-    float | None,
-    typer.Option("--weight-decay", help="Decoupled weight decay.", rich_help_panel=_METHOD),
-]
-Steps = Annotated[
-    int | None, typer.Option("--steps", help="Optimizer steps.", rich_help_panel=_RUN)
-]
-Tokens = Annotated[
-    int | None,
-    typer.Option("--tokens", help="Training tokens, instead of steps.", rich_help_panel=_RUN),
-]
-Batch = Annotated[
-    int | None,
-    typer.Option("--batch-size", help="Sequences of one forward pass.", rich_help_panel=_RUN),
-]
-Accumulation = Annotated[
-    int | None,
-    typer.Option("--accumulation", help="Forward passes of one step.", rich_help_panel=_RUN),
-]
-Warmup = Annotated[
-    str | None,
-    typer.Option("--warmup", help="Warm-up steps, or share of all.", rich_help_panel=_RUN),
-]
-Clip = Annotated[
-    float | None,
-    typer.Option("--clip", help="Largest gradient norm; 0: none.", rich_help_panel=_RUN),
-]
-EvalEvery = Annotated[
-    int | None,
-    typer.Option("--eval-every", help="Steps between evaluations.", rich_help_panel=_RUN),
-]
-CheckpointEvery = Annotated[
-    int | None,
-    typer.Option("--checkpoint-every", help="Steps between checkpoints.", rich_help_panel=_RUN),
-]
-Seed = Annotated[
-    int | None, typer.Option("--seed", help="Seed of weights and data order.", rich_help_panel=_RUN)
-]
-Dtype = Annotated[
-    str | None,
-    typer.Option("--dtype", help="float32, bfloat16 or bfloat16-mixed.", rich_help_panel=_RUN),
-]
-Device = Annotated[str | None, typer.Option("--device", help="auto or cpu.", rich_help_panel=_RUN)]
-Threads = Annotated[
-    int | None, typer.Option("--threads", help="Threads on the CPU.", rich_help_panel=_RUN)
-]
-Compile = Annotated[
-    bool | None,
-    typer.Option("--compile/--no-compile", help="Compile the model.", rich_help_panel=_RUN),
-]
-TensorBoard = Annotated[
-    bool | None,
-    typer.Option("--tensorboard/--no-tensorboard", help="Write events.", rich_help_panel=_RUN),
-]
 
 
 def _console(quiet: bool = False) -> Console:
@@ -164,41 +64,41 @@ def train(
     ] = None,
     setting: Setting = None,
     quiet: Quiet = False,
-    model: Model = None,
-    corpus: Corpus = None,
-    tokenizer: Tokenizer = None,
-    vocab_size: Vocabulary = None,
-    sequence_length: Length = None,
-    method: Method = None,
-    lr: Lr = None,
-    plain_lr: PlainLr = None,
-    rank: Rank = None,
-    update_proj_gap: Gap = None,
-    scale: Scale = None,
-    weight_decay: Decay = None,
-    steps: Steps = None,
-    tokens: Tokens = None,
-    batch_size: Batch = None,
-    accumulation: Accumulation = None,
-    warmup: Warmup = None,
-    clip: Clip = None,
-    eval_every: EvalEvery = None,
-    checkpoint_every: CheckpointEvery = None,
-    seed: Seed = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    threads: Threads = None,
-    compile_model: Compile = None,
-    tensorboard: TensorBoard = None,
+    model: flags.Model = None,
+    corpus: flags.Corpus = None,
+    tokenizer: flags.Tokenizer = None,
+    vocab_size: flags.Vocabulary = None,
+    sequence_length: flags.Length = None,
+    method: flags.Method = None,
+    lr: flags.Lr = None,
+    plain_lr: flags.PlainLr = None,
+    rank: flags.Rank = None,
+    update_proj_gap: flags.Gap = None,
+    scale: flags.Scale = None,
+    weight_decay: flags.Decay = None,
+    steps: flags.Steps = None,
+    tokens: flags.Tokens = None,
+    batch_size: flags.Batch = None,
+    accumulation: flags.Accumulation = None,
+    warmup: flags.Warmup = None,
+    clip: flags.Clip = None,
+    eval_every: flags.EvalEvery = None,
+    checkpoint_every: flags.CheckpointEvery = None,
+    seed: flags.Seed = None,
+    dtype: flags.Dtype = None,
+    device: flags.Device = None,
+    threads: flags.Threads = None,
+    compile_model: flags.Compile = None,
+    tensorboard: flags.TensorBoard = None,
 ) -> None:
     """Train one model with one method; the same command goes on with an interrupted run."""
     from subspan.train.config import dump_yaml
     from subspan.train.job import run_job
     from subspan.train.overrides import fields, train_config
 
-    flags = {k: v for k, v in context.params.items() if k not in _NOT_FIELDS}
-    flags["compile"] = flags.pop("compile_model")
-    resolved = train_config(config, fields(flags, setting or ()), resume)
+    given = {k: v for k, v in context.params.items() if k not in _NOT_FIELDS}
+    given["compile"] = given.pop("compile_model")
+    resolved = train_config(config, fields(given, setting or ()), resume)
     console = _console(quiet)
     console.print(dump_yaml(resolved.model_dump(mode="json")), highlight=False, markup=False)
     result = run_job(resolved, console)
@@ -294,8 +194,8 @@ def data_list() -> None:
 @data_app.command("stats")
 def data_stats(
     corpus: Annotated[list[str], typer.Argument(help="Corpus as in `subspan train --corpus`.")],
-    vocab_size: Vocabulary = None,
-    tokenizer: Tokenizer = None,
+    vocab_size: flags.Vocabulary = None,
+    tokenizer: flags.Tokenizer = None,
     setting: Setting = None,
 ) -> None:
     """Count documents, characters and tokens of a corpus."""
@@ -303,8 +203,8 @@ def data_stats(
     from subspan.train.data import prepare_data
     from subspan.train.overrides import fields, train_config
 
-    flags = {"corpus": corpus, "vocab_size": vocab_size, "tokenizer": tokenizer}
-    resolved = train_config(None, fields(flags, setting or ())).data
+    given = {"corpus": corpus, "vocab_size": vocab_size, "tokenizer": tokenizer}
+    resolved = train_config(None, fields(given, setting or ())).data
     _console().print(statistics(resolved, prepare_data(resolved)))
 
 
@@ -317,11 +217,13 @@ def main() -> None:
     """Run the command line; bad input ends with one line on stderr and a non-zero status."""
     from subspan.train.errors import JobError, one_line
 
+    # A request to end is handled like Ctrl-C, so that the process of an arm ends with its parent.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         status = app(standalone_mode=False)
     except JobError as error:
         _fail(one_line(error), status=2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted; the same command goes on from the last checkpoint", status=130)
     except ModuleNotFoundError as error:
         if (error.name or "subspan").startswith("subspan"):
@@ -332,4 +234,6 @@ def main() -> None:
         if not hasattr(error, "format_message"):
             raise
         _fail(f"{one_line(Exception(error.format_message()))} (see --help)", status=2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     sys.exit(status if isinstance(status, int) else 0)

@@ -414,3 +414,93 @@ def test_summary_lists_every_parameter_and_its_bytes(problem):
     run = problem()
     text = run.optimizer.summary()
     assert all(name in text for name, _ in run.model.named_parameters())
+
+
+def test_projection_depends_on_the_seed_and_differs_between_equal_parameters(method):
+    """Of recipes with random bases; the others have no seed to depend on."""
+
+    def bases(seed: int) -> list[torch.Tensor]:
+        weights = [nn.Parameter(torch.ones(12, 16)) for _ in range(2)]
+        optimizer = optim.build(method, weights, **options_for(method, seed=seed))
+        for weight in weights:
+            weight.grad = torch.randn(12, 16, generator=torch.Generator().manual_seed(0))
+        optimizer.step()
+        finder = optimizer.composition(0).finder
+        if finder is None or finder.reads_gradient:
+            return []
+        found = []
+        for weight in weights:
+            state = {
+                name: value if isinstance(value, torch.Tensor) else [value]
+                for name, value in optimizer.state[weight].items()
+            }
+            subspace = finder.unpack(
+                state, optimizer.layout_of(weight), torch.float32, weight.device
+            )
+            found.append(subspace.dense())
+        return found
+
+    here, elsewhere = bases(0), bases(7)
+    if here:
+        assert not torch.equal(here[0], here[1])
+        assert not torch.equal(here[0], elsewhere[0])
+
+
+def test_one_optimizer_per_parameter_in_a_backward_hook(method):
+    """The layer-wise recipe by hand: gradients are freed as soon as they are used."""
+    run = Problem(method)
+    before = run.weights()
+    for number, parameter in enumerate(run.model.parameters()):
+        own = optim.build(method, [parameter], **options_for(method, seed=number))
+
+        def hook(p: torch.Tensor, own: torch.optim.Optimizer = own) -> None:
+            own.step()
+            p.grad = None
+
+        parameter.register_post_accumulate_grad_hook(hook)
+    for step in range(GAP + 1):
+        run.loss(step).backward()
+    assert all(parameter.grad is None for parameter in run.model.parameters())
+    moved = [not torch.equal(a, b) for a, b in zip(before, run.weights(), strict=True)]
+    assert all(moved)
+
+
+def test_compiled_step_equals_the_eager_one(method):
+    eager, compiled = Problem(method), Problem(method)
+    step = torch.compile(compiled.optimizer.step, backend="eager")
+    for number in range(GAP + 1):
+        eager.run([number])
+        compiled.backward(number)
+        step()
+    assert same(eager.weights(), compiled.weights())
+    torch.compiler.reset()
+
+
+def test_scale_changed_in_the_middle_of_a_run_takes_effect(method):
+    defaults = optim.methods()[method].defaults
+    name = next((n for n in ("scale", "alpha", "proj_params_lr_scale") if n in defaults), None)
+    if name is None:
+        return
+    changed, kept = Problem(method), Problem(method)
+    for run in (changed, kept):
+        run.run(range(2))
+    changed.optimizer.param_groups[0][name] = 3 * defaults[name]
+    changed.run([2])
+    kept.run([2])
+    assert not torch.equal(changed.model.first.weight, kept.model.first.weight)
+
+
+def test_sharded_parameter_is_refused_at_construction(method, tmp_path):
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        weight = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Replicate()]))
+        with pytest.raises(TypeError, match="sharded"):
+            optim.build(method, [weight], **options_for(method))
+    finally:
+        dist.destroy_process_group()

@@ -24,7 +24,7 @@ from subspan.optim.collect import (
     split_by_activity,
 )
 from subspan.optim.composition import Composition
-from subspan.optim.groups import is_projected, lay_out, unique
+from subspan.optim.groups import check_parameters, is_projected, lay_out, unique
 from subspan.optim.parts.output import MomentumLoss, Scene, Stateless, Update
 from subspan.optim.parts.workspace import Workspace
 from subspan.subspaces.bases import Dense, Subspace
@@ -88,6 +88,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         given = {key for key in param_group if key not in ("params", "param_names")}
         self.recipe.check_options(dict.fromkeys(given))
         param_group["params"] = unique(param_group["params"])
+        check_parameters(param_group["params"])
         if param_group.get("rank") is not None and param_group.get("project") is None:
             param_group["project"] = True  # a group that sets a rank of its own means all of it
         super().add_param_group(param_group)
@@ -164,6 +165,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     # ------------------------------------------------------------------ the step
 
+    # Compiled training steps call this eagerly: bookkeeping in Python, arithmetic in a few kernels.
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one optimization step.

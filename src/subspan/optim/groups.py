@@ -28,13 +28,28 @@ def unique(parameters: Any) -> list[Any]:
     return list(seen.values())
 
 
+def check_parameters(parameters: list[Any]) -> None:
+    """Refuse tensors that the engine cannot update.
+
+    Raises:
+        TypeError: for sharded parameters.
+    """
+    for item in parameters:
+        tensor = item[1] if isinstance(item, tuple) else item
+        if type(tensor).__name__ == "DTensor":
+            raise TypeError(
+                "a parameter is sharded (DTensor): sharded parameters are not supported yet; use "
+                "DistributedDataParallel, which keeps whole parameters on every rank"
+            )
+
+
 def is_projected(
     group: dict[str, Any], composition: Composition, parameter: Tensor, name: str | None
 ) -> bool:
     """Whether the group's recipe applies its subspace (or activity) to a parameter.
 
     Args:
-        group: the param group, with `explicit` telling whether it set `rank` or `project` itself.
+        group: the param group.
         composition: its parts.
         parameter: the tensor.
         name: its name, if it has one.

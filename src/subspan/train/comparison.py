@@ -168,7 +168,9 @@ def _run_process(config: Path, errors: Path, poll: Callable[[], None]) -> int:
     # The child imports the same subspan, also when it is not installed.
     source = str(Path(__file__).resolve().parents[2])
     paths = [source, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    # Waiting threads sleep: spinning ones stall each other when other programs need the cores.
+    environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
     with errors.open("wb") as stderr:
         process = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr
