@@ -19,9 +19,10 @@ from rich.console import Console
 from rich.table import Table
 
 from subspan.report.runs import Run, load_run
-from subspan.train.config import TrainConfig, dump_yaml, load_yaml, merge, parse
+from subspan.train.config import TrainConfig, parse
 from subspan.train.overrides import compare_config, fields
 from subspan.train.runfolder import CONFIG
+from subspan.train.yamlfile import dump_yaml, load_yaml, merge
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
 

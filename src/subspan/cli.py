@@ -92,9 +92,9 @@ def train(
     tensorboard: flags.TensorBoard = None,
 ) -> None:
     """Train one model with one method; the same command goes on with an interrupted run."""
-    from subspan.train.config import dump_yaml
     from subspan.train.job import run_job
     from subspan.train.overrides import fields, train_config
+    from subspan.train.yamlfile import dump_yaml
 
     given = {k: v for k, v in context.params.items() if k not in _NOT_FIELDS}
     given["compile"] = given.pop("compile_model")
@@ -128,10 +128,10 @@ def compare(
     from subspan.report.terminal import failures, results_table
     from subspan.train.comparison import compare as run
     from subspan.train.comparison import plan_arms
-    from subspan.train.config import dump_yaml
     from subspan.train.files import write_text
     from subspan.train.overrides import compare_config, fields
     from subspan.train.watch import ConsoleWatcher
+    from subspan.train.yamlfile import dump_yaml
 
     resolved = compare_config(config, fields({}, setting or ()), output)
     names = [name.strip() for name in methods.split(",")] if methods else None

@@ -37,7 +37,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Configuration file of a comparison's job that takes a second."""
     from transformers import LlamaConfig
 
-    from subspan.train.config import dump_yaml
+    from subspan.train.yamlfile import dump_yaml
 
     folder = tmp_path_factory.mktemp("job")
     source = random.Random(0)
@@ -187,6 +187,24 @@ def test_comparison_ends_with_a_table_and_a_report(run: Cli, job: Path, tmp_path
     status, out, _ = run("report", folder / "galore", "--output", file, "--title", "One run")
     assert status == 0
     assert "<h1>One run</h1>" in file.read_text()
+
+
+def test_interrupted_run_is_one_line(
+    run: Cli, job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from subspan.train import job as module
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_train", interrupted)
+    folder = tmp_path / "run"
+    status, _, errors = run(
+        "train", "--config", job / "train.yaml", "--method", "adamw", "--output", folder
+    )
+    assert status == 130
+    assert errors.strip() == "error: interrupted; the same command goes on from the last checkpoint"
+    assert not folder.exists()
 
 
 def test_failed_arm_ends_with_its_reason_and_a_non_zero_status(

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from subspan.train.config import TrainConfig, merge, parse
+from subspan.train.config import TrainConfig, parse
+from subspan.train.yamlfile import merge
 
 
 def write_text(path: Path, characters: int = 200_000) -> Path:

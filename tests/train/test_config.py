@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from subspan.train.config import CompareConfig, TrainConfig, dump_yaml, load_yaml, merge, parse
+from subspan.train.config import CompareConfig, TrainConfig, parse
 from subspan.train.errors import JobError
 from subspan.train.overrides import compare_config, fields, train_config
+from subspan.train.yamlfile import dump_yaml, load_yaml, merge
 
 
 def test_written_configuration_reads_back_equal(tmp_path: Path) -> None:

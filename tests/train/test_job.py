@@ -18,11 +18,12 @@ import torch
 from safetensors.torch import load_file
 
 from subspan.train import callbacks, job
-from subspan.train.config import TrainConfig, dump_yaml
+from subspan.train.config import TrainConfig
 from subspan.train.errors import JobError
 from subspan.train.job import run_job
 from subspan.train.metrics import read_metrics
 from subspan.train.progress import RunProgress
+from subspan.train.yamlfile import dump_yaml
 
 Settings = Callable[..., TrainConfig]
 

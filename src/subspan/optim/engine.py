@@ -126,8 +126,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         return [group[name] for name in self.recipe.structure]
 
     def composition(self, position: int) -> Composition:
-        """The parts of a param group, rebuilt when its hyper-parameters have changed (by a
-        scheduler, say).
+        """The parts of a param group, rebuilt when its hyper-parameters have changed.
 
         Raises:
             ValueError: if the change would alter the layout or the state of a parameter (rank,
@@ -166,7 +165,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     # ------------------------------------------------------------------ the step
 
     # Compiled training steps call this eagerly: bookkeeping in Python, arithmetic in a few kernels.
-    @torch._disable_dynamo
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one optimization step.
@@ -207,10 +206,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     ) -> None:
         """The step of one bucket: refresh, transport, project, inner, output, apply."""
         work.release()
-        gradient, weight = (
-            bucket.gather(bucket.gradients, work),
-            bucket.gather(bucket.weights, work),
-        )
+        gradient = bucket.gather(bucket.gradients, work)
+        weight = bucket.gather(bucket.weights, work)
         state = bucket.load()
         lr = self._learning_rate(group, parts, weight)
         rate = 1.0 if parts.clip_rms is not None else lr * parts.lr_scale
@@ -266,8 +263,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         gradient: Tensor,
         state: dict[str, Any],
     ) -> tuple[Subspace, MomentumLoss | None, bool]:
-        """The subspace of this step, found anew if due; what the momentum lost by that; whether it
-        was found."""
+        """This step's subspace, what the momentum lost if it is new, and whether it is."""
         finder, layout, inner = parts.finder, bucket.layout, parts.inner
         assert finder is not None
         moment = inner.first_moment
@@ -289,7 +285,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             gradient, layout, bucket.layouts, previous, momentum, seeds, state, bucket.step
         )
         found = finder.find(sight)
-        if finder.reads_gradient and isinstance(found, Dense) and isinstance(previous, Dense):
+        stacked = len(layout.view) > 2 and finder.reads_gradient
+        if stacked and isinstance(found, Dense) and isinstance(previous, Dense):
             # Single matrices of a stack may have no gradient (experts that saw no token).
             silent = gradient.abs().amax((-2, -1), keepdim=True) == 0
             found = Dense(found.side, torch.where(silent, previous.basis, found.basis))
@@ -327,13 +324,10 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     def _update_idle(
         self, bucket: Bucket, parts: Composition, group: dict[str, Any], work: Workspace
     ) -> None:
-        """The step of tensors that are not active in this period: the stateless rule on the whole
-        gradient."""
+        """The step of tensors that are idle in this period: the stateless rule on all of it."""
         work.release()
-        gradient, weight = (
-            bucket.gather(bucket.gradients, work),
-            bucket.gather(bucket.weights, work),
-        )
+        gradient = bucket.gather(bucket.gradients, work)
+        weight = bucket.gather(bucket.weights, work)
         lr = self._learning_rate(group, parts, weight)
         update = Update()
         if isinstance(parts.remainder, Stateless):
@@ -354,8 +348,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch.optim's, with plain tensors, numbers and text only: loads with
-        `weights_only=True`."""
+        """As torch.optim's, but plain tensors, numbers and text: loads with `weights_only`."""
         return checkpoint.plain(super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -368,8 +361,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         checkpoint.load(self, state_dict)
 
     def state_bytes(self) -> dict[str, int]:
-        """Bytes of the optimizer's tensors by kind ("first_moment", "basis", ...), and their
-        "total"."""
+        """Bytes of the optimizer's tensors by kind ("basis", ...), and their "total"."""
         return listing.state_bytes(self)
 
     def summary(self) -> str:

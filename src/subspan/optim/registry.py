@@ -66,8 +66,8 @@ class Recipe:
 
     @property
     def summary(self) -> str:
-        """First line of the recipe's docstring."""
-        return (inspect.getdoc(self.function) or "").partition("\n")[0]
+        """First sentence of the recipe's docstring."""
+        return (inspect.getdoc(self.function) or "").partition("\n\n")[0].replace("\n", " ")
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Refuse unknown hyper-parameters.

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from subspan.train import runfolder
-from subspan.train.config import CompareConfig, TrainConfig, dump_yaml
+from subspan.train.config import CompareConfig, TrainConfig
 from subspan.train.corpora import check_corpus
 from subspan.train.errors import JobError
 from subspan.train.files import write_json, write_text
 from subspan.train.job import check_method
 from subspan.train.metrics import read_metrics
 from subspan.train.model import check_model_name
+from subspan.train.yamlfile import dump_yaml
 
 RESULTS = "results.json"
 ERRORS = "errors.txt"

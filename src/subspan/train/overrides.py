@@ -7,16 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from subspan.train import runfolder
-from subspan.train.config import (
-    CompareConfig,
-    DataConfig,
-    TrainConfig,
-    load_yaml,
-    merge,
-    parse,
-    read_value,
-)
+from subspan.train.config import CompareConfig, DataConfig, TrainConfig, parse
 from subspan.train.errors import JobError
+from subspan.train.yamlfile import load_yaml, merge, read_value
 
 
 def fields(flags: Mapping[str, Any], settings: Sequence[str] = ()) -> dict[str, Any]:

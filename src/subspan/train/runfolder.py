@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from subspan.train.config import TrainConfig, dump_yaml, load_yaml, parse
+from subspan.train.config import TrainConfig, parse
 from subspan.train.errors import JobError
 from subspan.train.files import write_text
+from subspan.train.yamlfile import dump_yaml, load_yaml
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"

@@ -57,6 +57,7 @@ def read_value(text: str, source: str) -> Any:
 
 def _loader() -> Any:
     """YAML's safe loader that also reads 1e-3 as a number (YAML 1.1 wants 1.0e-3)."""
+
     class Loader(yaml.SafeLoader):
         pass
 
