@@ -208,6 +208,9 @@ def data_stats(
     _console().print(statistics(resolved, prepare_data(resolved)))
 
 
+_INTERRUPTED = 130
+
+
 def _fail(message: str, status: int) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     sys.exit(status)
@@ -221,10 +224,12 @@ def main() -> None:
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         status = app(standalone_mode=False)
+        if status == _INTERRUPTED:  # Some versions of typer turn the exception into a status.
+            raise KeyboardInterrupt
     except JobError as error:
         _fail(one_line(error), status=2)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; the same command goes on from the last checkpoint", status=130)
+        _fail("interrupted; the same command goes on from the last checkpoint", status=_INTERRUPTED)
     except ModuleNotFoundError as error:
         if (error.name or "subspan").startswith("subspan"):
             raise

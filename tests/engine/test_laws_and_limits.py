@@ -433,3 +433,14 @@ def test_flora_carries_its_momentum_with_the_old_and_the_new_projection():
     second = b * new.T @ (old @ first) + (1 - b) * new.T @ g[1]
     update += (1 - b) * g[2] + b * new @ second
     torch.testing.assert_close(weight.detach(), gradient(0, m, n) - update)
+
+
+def test_stored_random_basis_gives_the_same_run_as_the_regenerated_one():
+    results = []
+    for stored in (False, True):
+        weight = nn.Parameter(gradient(0, 12, 20).float())
+        optimizer = optim.APOLLO([weight], rank=4, update_proj_gap=3, store_basis=stored)
+        run(optimizer, weight, 8)
+        assert ("basis" in optimizer.state[weight]) == stored
+        results.append(weight.detach())
+    assert torch.equal(results[0], results[1])

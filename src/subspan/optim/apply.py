@@ -24,8 +24,7 @@ def apply_update(
     parts: Composition,
     work: Workspace,
 ) -> None:
-    """`W <- decay W - U`, or `decay (W - U)` where the inner optimizer decays after the step, in
-    place.
+    """`W <- decay W - U`, or `decay (W - U)` if the inner optimizer decays last; in place.
 
     Args:
         weight: `(..., m, n)`, or any shape without a subspace.
@@ -43,8 +42,11 @@ def apply_update(
     if parts.clip_rms is None:
         _add(weight, update, gradient, subspace, decay, gain)
         return
-    total = work.like(weight).zero_()
-    _add(total, update, gradient, subspace, 1.0, 1.0)
+    if subspace is None and update.coordinates is not None:
+        total = update.coordinates.mul_(-update.alpha)
+    else:
+        total = work.like(weight).zero_()
+        _add(total, update, gradient, subspace, 1.0, 1.0)
     rms = root_mean_square(total)
     total.mul_((rms / parts.clip_rms).clamp_(min=1.0).reciprocal_().mul_(lr * gain))
     weight.mul_(decay).add_(total)
@@ -84,8 +86,10 @@ def _add(
 
 
 def _add_loss(target: Tensor, loss: MomentumLoss, rate: Rate) -> None:
-    """`target <- target - rate * loss`; a rate that differs between matrices needs the loss in full
-    size."""
+    """`target <- target - rate * loss`.
+
+    A rate that differs between matrices needs the loss in full size.
+    """
     if not isinstance(rate, Tensor):
         loss.add_to_(target, -rate)
         return
@@ -95,8 +99,10 @@ def _add_loss(target: Tensor, loss: MomentumLoss, rate: Rate) -> None:
 
 
 def root_mean_square(x: Tensor) -> Tensor:
-    """Of every matrix, `(..., 1, 1)`, or of a vector, `(1,)`; without a temporary of the size of
-    `x`."""
+    """Root mean square of every matrix, `(..., 1, 1)`, or of a vector, `(1,)`.
+
+    Makes no temporary of the size of `x`.
+    """
     dims = (-2, -1) if x.dim() >= 2 else (-1,)
     count = math.prod(x.shape[dim] for dim in dims)
     return torch.linalg.vector_norm(x, dim=dims, keepdim=True).div_(math.sqrt(count))

@@ -1,10 +1,9 @@
-"""A bucket: parameters of one group with equal shape, dtype, device and history, processed as one
-batch.
+"""A bucket: like parameters of one group, processed as one batch.
 
-Between steps states live per parameter in `optimizer.state[p]`. For a step a bucket presents them,
-the gradients and the weights in compute precision, batched over a leading dimension when there is
-more than one parameter. A single parameter whose tensors already are in compute precision is
-presented as it is, without any copy.
+They have equal shape, dtype, device and history. Between steps states live per parameter in
+`optimizer.state[p]`. For a step a bucket presents them, the gradients and the weights in compute
+precision, batched over a leading dimension when there is more than one parameter. A single
+parameter whose tensors already are in compute precision is presented as it is, without any copy.
 """
 
 from __future__ import annotations
@@ -56,8 +55,10 @@ class Bucket:
         self.single = len(self.weights) == 1
 
     def gather(self, tensors: list[Tensor], work: Workspace) -> Tensor:
-        """The tensors in the layout's view and compute precision; a view of the only one where
-        possible."""
+        """The tensors in the layout's view and compute precision.
+
+        A view of the only one where possible.
+        """
         view = self.layout.view
         if self.single:
             tensor = tensors[0].reshape(view)
@@ -140,8 +141,10 @@ class Bucket:
 
 
 def write(target: Tensor, value: Tensor, draw: torch.Generator | None) -> None:
-    """Copy `value` into `target`, rounding stochastically if the target is bf16 and a generator is
-    given."""
+    """Copy `value` into `target`.
+
+    Rounds stochastically if the target is bf16 and a generator is given.
+    """
     if target.dtype == torch.bfloat16 and value.dtype == torch.float32 and draw is not None:
         linalg.stochastic_round_(target, value.reshape(target.shape), draw)
     else:
@@ -149,8 +152,7 @@ def write(target: Tensor, value: Tensor, draw: torch.Generator | None) -> None:
 
 
 def pieces(bucket: Bucket, length: int) -> list[Bucket]:
-    """Cut a bucket of one elementwise parameter into flat pieces, so that its temporaries stay
-    small."""
+    """Cut a bucket of one elementwise parameter into flat pieces, to keep temporaries small."""
     weight, gradient, state = bucket.weights[0], bucket.gradients[0], bucket.states[0]
     tensors = [value for value in state.values() if isinstance(value, Tensor)]
     flat = all(tensor.is_contiguous() for tensor in (weight, gradient, *tensors))
@@ -160,8 +162,7 @@ def pieces(bucket: Bucket, length: int) -> list[Bucket]:
     for number, start in enumerate(range(0, weight.numel(), length)):
         part = slice(start, start + length)
         size = min(length, weight.numel() - start)
-        # Pieces of one parameter must not draw the same rounding noise: the piece number joins the
-        # index.
+        # The number joins the index: pieces of one parameter must not draw the same rounding noise.
         layout = replace(
             bucket.layout, view=(size,), index=linalg.derive_seed(bucket.layout.index, number)
         )

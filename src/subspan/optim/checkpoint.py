@@ -1,5 +1,7 @@
-"""Optimizer checkpoints: plain tensors, numbers and text; checked as a whole before anything is
-loaded."""
+"""Optimizer checkpoints: plain tensors, numbers and text.
+
+A checkpoint is checked as a whole before anything is loaded.
+"""
 
 from __future__ import annotations
 
@@ -111,8 +113,7 @@ def _matched_state(
             if tuple(value.shape) != shape:
                 raise ValueError(
                     f"{name!r} of parameter {layout.name!r} has shape {tuple(value.shape)} in the "
-                    f"checkpoint, {shape} "
-                    "in this optimizer: rank, side or model differ"
+                    f"checkpoint, {shape} in this optimizer: rank, side or model differ"
                 )
             dtype = parts.storage.dtype(declared[name], parameter.dtype)
             target = torch.zeros_like(parameter, dtype=dtype) if shape == parameter.shape else None

@@ -57,8 +57,8 @@ def gradients_are_usable(optimizer: SubspaceOptimizer) -> bool:
         if policy == "raise":
             raise FloatingPointError(
                 f"the gradient of parameter {optimizer.layout_of(parameter).name!r} holds NaN or "
-                "infinity; no weight was changed. Lower the learning rate, clip gradients, or "
-                "pass nonfinite='skip'"
+                "infinity; no weight was changed. Lower the learning rate, clip gradients, or pass "
+                "nonfinite='skip'"
             )
     return not bad
 
@@ -158,18 +158,22 @@ def split_by_activity(
     chosen = parts.activity.active(period, len(everyone))
     active: list[Tensor] = []
     idle: list[Tensor] = []
+    fresh: list[Tensor] = []
     for position, parameter in enumerate(everyone):
         if parameter.grad is None:
             continue
+        (active if position in chosen else idle).append(parameter)
         state = optimizer.state[parameter]
         if state.get("period") != period:
             # Only active tensors keep moments, and they start afresh with every period.
             step = state.get("step", 0)
             state.clear()
             state.update(step=step, restarted=step, period=period)
-            if position in chosen:
-                _allocate(optimizer.layout_of(parameter), parameter, parts, state)
-        (active if position in chosen else idle).append(parameter)
+            fresh += [parameter] if position in chosen else []
+    # Allocated only after the old moments are gone, so that a change of period costs no memory.
+    for parameter in fresh:
+        layout = optimizer.layout_of(parameter)
+        _allocate(layout, parameter, parts, optimizer.state[parameter])
     return active, idle
 
 
@@ -185,7 +189,7 @@ def state_of(
             state["refreshed"] = 0
             if parts.transport.restarts:
                 state["restarted"] = 0
-            if parts.finder.form == "seeded":
+            if parts.finder.draws_from_seed:
                 state["seed"] = group["seed"] + layout.index + 1
         _allocate(layout, parameter, parts, state)
     return state

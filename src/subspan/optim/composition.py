@@ -78,29 +78,49 @@ class Composition:
 
     def _disagreements(self) -> list[str]:
         """Every pair of parts that cannot work together, in words."""
+        if self.finder is None:
+            return self._without_finder()
         found = []
-        finder, two_sided = self.finder, self.proj_type == "full"
-        entries = self.proj_type == "entries"
-        if finder is None:
-            if not isinstance(self.output, Lift):
-                found.append(
-                    "output RescaledGradient needs a finder: without a subspace there is nothing "
-                    "to compare"
-                )
-            if (
-                not isinstance(self.remainder, Discard)
-                and self.activity is None
-                and self.normaliser is None
-            ):
-                found.append(
-                    f"remainder {_name(self.remainder)} needs a finder: without one nothing is "
-                    "left over"
-                )
-            return found
         if self.activity is not None:
             found.append(
                 "activity Blocks works on whole tensors and cannot be combined with a finder"
             )
+        found += self._projection_disagreements(self.finder)
+        found += self._moment_disagreements(self.finder)
+        if (
+            self.clip_rms is not None
+            and isinstance(self.remainder, Stateless)
+            and self.remainder.rule == "sign"
+        ):
+            found.append(
+                "clip_rms rescales the whole update and cannot be combined with remainder "
+                "Stateless('sign')"
+            )
+        return found
+
+    def _without_finder(self) -> list[str]:
+        """Parts that need a subspace where there is none."""
+        found = []
+        if not isinstance(self.output, Lift):
+            found.append(
+                "output RescaledGradient needs a finder: without a subspace there is nothing to "
+                "compare"
+            )
+        if (
+            not isinstance(self.remainder, Discard)
+            and self.activity is None
+            and self.normaliser is None
+        ):
+            found.append(
+                f"remainder {_name(self.remainder)} needs a finder: without one nothing is "
+                "left over"
+            )
+        return found
+
+    def _projection_disagreements(self, finder: Finder) -> list[str]:
+        """Parts that the projection type or the output leaves without what they need."""
+        found = []
+        two_sided, entries = self.proj_type == "full", self.proj_type == "entries"
         if two_sided and not finder.supports_both_sides:
             found.append(
                 f"finder {_name(finder)} has no two-sided form, which proj_type='full' asks for"
@@ -138,6 +158,11 @@ class Composition:
                 f"inner {_name(self.inner)} needs matrices; the coordinates of proj_type='entries' "
                 "are a vector"
             )
+        return found
+
+    def _moment_disagreements(self, finder: Finder) -> list[str]:
+        """Parts that read or move moments which the inner optimizer does not keep."""
+        found = []
         if finder.reads_momentum and self.inner.first_moment is None:
             found.append(
                 f"finder {_name(finder)} reads a first moment, which inner {_name(self.inner)} "
@@ -153,15 +178,6 @@ class Composition:
                 f"transport {_name(self.transport)} cannot move inner Adafactor's factored second "
                 "moment"
             )
-        if (
-            self.clip_rms is not None
-            and isinstance(self.remainder, Stateless)
-            and self.remainder.rule == "sign"
-        ):
-            found.append(
-                "clip_rms rescales the whole update and cannot be combined with remainder "
-                "Stateless('sign')"
-            )
         return found
 
     def parts_for(self, layout: Layout) -> Composition:
@@ -172,8 +188,7 @@ class Composition:
 
     @cached_property
     def plain_matrices(self) -> Composition:
-        """The composition for matrices that are not projected: the same inner optimizer,
-        plainly."""
+        """The same inner optimizer, plainly, for matrices that are not projected."""
         return replace(
             self,
             inner=self.plain or self.inner,
@@ -188,8 +203,10 @@ class Composition:
 
     @cached_property
     def plain_vectors(self) -> Composition:
-        """The same for vectors and scalars, which inner optimizers of matrices hand to their
-        fallback."""
+        """The same for vectors and scalars.
+
+        Inner optimizers of matrices hand these to their fallback.
+        """
         return replace(self.plain_matrices, inner=self.plain_matrices.inner.fallback())
 
     def declarations(self, layout: Layout) -> tuple[StateDeclaration, ...]:
@@ -206,8 +223,10 @@ class Composition:
 
     @property
     def elementwise(self) -> bool:
-        """Whether the update of an entry depends on that entry alone, so that tensors may be cut
-        anywhere."""
+        """Whether the update of an entry depends on that entry alone.
+
+        Tensors may then be cut anywhere.
+        """
         whole = self.finder is None and self.normaliser is None and self.activity is None
         return (
             whole

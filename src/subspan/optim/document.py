@@ -23,10 +23,9 @@ is not projected (embeddings, output head, norms, biases) keeps the state of the
 optimizer.
 
 Evidence: *record* = equal to the recorded trajectory of the official implementation at every
-    recorded step and for every
-parameter (float32, largest difference 2e-6, `galore_adamw_full` 4e-6, LDAdam 5e-5;
-`tests/fidelity`); *law* and *limit* = `tests/engine`. Every method also passes the contract suite
-(`tests/contracts`).
+recorded step and for every parameter (float32, largest difference 2e-6, `galore_adamw_full` 4e-6,
+LDAdam 5e-5; `tests/fidelity`); *law* and *limit* = `tests/engine`. Every method also passes the
+contract suite (`tests/contracts`).
 
 """
 

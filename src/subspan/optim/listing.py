@@ -12,8 +12,10 @@ if TYPE_CHECKING:
 
 
 def state_bytes(optimizer: SubspaceOptimizer) -> dict[str, int]:
-    """Bytes of all state tensors by kind, and their "total". Step counts and seeds are numbers, not
-    tensors."""
+    """Bytes of all state tensors by kind, and their "total".
+
+    Step counts and seeds are numbers, not tensors.
+    """
     sizes: dict[str, int] = {}
     for parameter, state in optimizer.state.items():
         declared = optimizer.parts_of(parameter).declarations(optimizer.layout_of(parameter))
@@ -26,8 +28,10 @@ def state_bytes(optimizer: SubspaceOptimizer) -> dict[str, int]:
 
 
 def declared_bytes(optimizer: SubspaceOptimizer, parameter: Tensor) -> dict[str, int]:
-    """Bytes by kind that a parameter's state takes once it has had a gradient; known before the
-    first step."""
+    """Bytes by kind that a parameter's state takes once it has had a gradient.
+
+    Known before the first step.
+    """
     layout, parts = optimizer.layout_of(parameter), optimizer.parts_of(parameter)
     sizes: dict[str, int] = {}
     for item in parts.declarations(layout):

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-# Token and position embeddings, output heads and norms, by the names that the common architectures
-# use.
+# Token and position embeddings, output heads and norms, by the names in common architectures.
 _KEPT_WHOLE = re.compile(
     r"(^|[._])(embed\w*|embeddings?|wte|wpe|lm_head|head|heads|classifier|score|output_projection"
     r"|\w*norm\w*|ln(_\w+|\d+)?|bn\d*|pos_emb\w*)(?=[._]|$)"
@@ -18,8 +17,10 @@ _KEPT_WHOLE = re.compile(
 
 
 def is_projected_by_name(name: str) -> bool:
-    """Whether a weight of that name belongs to the blocks (and not to an embedding, an output head
-    or a norm)."""
+    """Whether a weight of that name belongs to the blocks.
+
+    Those of embeddings, output heads and norms do not.
+    """
     return _KEPT_WHOLE.search(name) is None
 
 
@@ -81,10 +82,12 @@ def param_groups_for_model(
 
 
 def _layer_kinds(model: nn.Module) -> dict[int, str]:
-    """id of parameter -> "layer" or "embedding"; an embedding wins over a layer that shares its
-    weight."""
-    # transformers' Conv1D is a linear layer with a transposed weight; it is recognised by name to
-    # avoid the import.
+    """id of parameter -> "layer" or "embedding".
+
+    An embedding wins over a layer that shares its weight.
+    """
+    # transformers' Conv1D is a linear layer with a transposed weight; it is recognised by name,
+    # which avoids the import.
     kinds: dict[int, str] = {}
     for module in model.modules():
         convolution = isinstance(module, nn.modules.conv._ConvNd)

@@ -59,15 +59,13 @@ class Sight:
     step: int
 
     def draw(self, sample: Callable[[int], Tensor]) -> Tensor:
-        """Call `sample(seed)` for every matrix and stack the results to the gradient's leading
-        dimensions."""
+        """Call `sample(seed)` for every matrix; stacked to the gradient's leading dimensions."""
         drawn = torch.stack([sample(seed) for seed in matrix_seeds(self.seeds, self.layout)])
         return drawn.view(*self.gradient.shape[:-2], *drawn.shape[1:]).to(self.gradient.device)
 
 
 def matrix_seeds(seeds: Sequence[int], layout: Layout) -> tuple[int, ...]:
-    """One seed per matrix: the parameter's own, or derived ones for the matrices of a stacked
-    parameter."""
+    """One seed per matrix: the parameter's own, or derived ones if the parameter is stacked."""
     count = math.prod(layout.view[:-2])
     if len(layout.view) == 2:
         return tuple(seeds)
@@ -87,6 +85,7 @@ class Finder:
     reads_gradient = True
     reads_momentum = False
     supports_both_sides = True
+    draws_from_seed = False
 
     def find(self, sight: Sight) -> Subspace:
         """The new subspace for the bucket that `sight` shows."""
@@ -160,8 +159,10 @@ class Finder:
 
 @dataclass(frozen=True)
 class SVD(Finder):
-    """The leading singular vectors of the gradient, exactly (GaLore, Zhao et al. 2024, arXiv
-    2403.03507)."""
+    """The leading singular vectors of the gradient, exactly.
+
+    GaLore, Zhao et al. 2024, arXiv 2403.03507.
+    """
 
     def find(self, sight: Sight) -> Subspace:
         rank = sight.layout.rank
@@ -177,8 +178,7 @@ class SVD(Finder):
 
 @dataclass(frozen=True)
 class RandomizedSVD(Finder):
-    """Leading singular vectors by randomised subspace iteration, warm-started from the previous
-    basis.
+    """Leading singular vectors by warm-started randomised subspace iteration.
 
     Halko, Martinsson, Tropp: Finding structure with randomness, 2011, arXiv 0909.4061. The first
     refresh starts from a Gaussian sketch, later ones from the previous basis completed by
@@ -257,8 +257,10 @@ class WarmPowerIteration(Finder):
         return Dense(sight.layout.one_side, basis(sight.layout.one_side))
 
     def _product(self, sight: Sight, x: Tensor, *, transposed: bool) -> Tensor:
-        """`b x` or `b^T x` without forming b: the lifted momentum is a product of two thin
-        factors."""
+        """`b x` or `b^T x` without forming b.
+
+        The lifted momentum is a product of two thin factors.
+        """
         matrix = sight.gradient.mT if transposed else sight.gradient
         result = (matrix @ x).mul_(1.0 - self.blend if sight.momentum is not None else 1.0)
         if sight.momentum is not None:
@@ -312,8 +314,7 @@ class RandomCoordinates(Finder):
 
 @dataclass(frozen=True)
 class SeededGaussian(Finder):
-    """A Gaussian matrix with entries N(0, 1/r), drawn from a seed whenever it is needed and never
-    stored.
+    """A Gaussian matrix with entries N(0, 1/r), drawn from a seed.
 
     Flora (Hao, Cao, Mou 2024, arXiv 2402.03293) and APOLLO (Zhu et al. 2024, arXiv 2412.05270). The
     first basis uses the parameter's own seed, every refresh advances it by `linalg.next_seed`.
@@ -322,12 +323,20 @@ class SeededGaussian(Finder):
     Args:
         split: draw from one of two seeds derived from the parameter's seed, one per side, as Flora
             does.
+        stored: keep the basis between refreshes, as APOLLO's released code does. Otherwise it is
+            drawn again at every step, which takes time instead of memory.
     """
 
-    form = "seeded"
     split: bool = False
+    stored: bool = False
+    draws_from_seed = True
     reads_gradient = False
     supports_both_sides = False
+
+    @property
+    def form(self) -> Form:  # type: ignore[override]
+        """ "gaussian" if the basis is stored, else "seeded"."""
+        return "gaussian" if self.stored else "seeded"
 
     def find(self, sight: Sight) -> Subspace:
         seeds = list(sight.state["seed"])
@@ -342,8 +351,7 @@ class SeededGaussian(Finder):
         side = layout.one_side
         if self.split:
             seeds = [linalg.split_seed(seed)[0 if side == "left" else 1] for seed in seeds]
-        # The order of the published draws: Flora's left and APOLLO's right basis are drawn
-        # transposed.
+        # As in the published draws, Flora's left and APOLLO's right basis are drawn transposed.
         rows = (side == "left") == self.split
         drawn = matrix_seeds(seeds, layout)
         lead = layout.view[:-2]
@@ -365,8 +373,9 @@ class SeededGaussian(Finder):
 
 @dataclass(frozen=True)
 class Replay(Finder):
-    """Hands out given bases by parameter and step, so that any recipe can be checked against a
-    recording.
+    """Hands out given bases by parameter and step.
+
+    With it any recipe can be checked against a recording.
 
     Args:
         bases: `{parameter name or position: {step: basis}}`. A basis is a `(d, r)` matrix or its
@@ -431,8 +440,9 @@ FINDERS: dict[str, Finder] = {
 
 
 def resolve_finder(finder: str | Finder, default: Finder) -> Finder:
-    """The finder that a recipe's `finder=` names or is; a `Replay` takes the form of the recipe's
-    default.
+    """The finder that a recipe's `finder=` names or is.
+
+    A `Replay` takes the form of the recipe's default.
 
     Raises:
         ValueError: if the name is unknown.

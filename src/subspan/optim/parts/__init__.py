@@ -1,2 +1,4 @@
-"""The parts that recipes are made of: refresh, transport, inner, output, remainder, normaliser,
-activity, storage."""
+"""The parts that recipes are made of.
+
+Refresh, transport, inner, output, remainder, normaliser, activity, storage.
+"""

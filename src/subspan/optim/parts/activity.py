@@ -12,10 +12,10 @@ Order = Literal["random", "ascending", "descending", "mirror"]
 
 @dataclass(frozen=True)
 class Blocks:
-    """A share of the group's projected tensors is active at a time, the others keep no state
-    (FRUGAL).
+    """A share of the group's projected tensors is active at a time (FRUGAL).
 
-    The active set is a pure function of the period, so nothing has to be remembered over a resume.
+    The others keep no state. The active set is a pure function of the period, so nothing has to be
+    remembered over a resume.
 
     Args:
         density: share of tensors active at a time, rounded half to even.
@@ -48,8 +48,7 @@ class Blocks:
         if self.order == "mirror" and round(count * self.density) % 2:
             raise ValueError(
                 "block_order='mirror' needs an even number of active tensors; "
-                f"density={self.density} of "
-                f"{count} tensors makes {round(count * self.density)}"
+                f"density={self.density} of {count} tensors makes {round(count * self.density)}"
             )
 
     def active(self, period: int, count: int) -> frozenset[int]:

@@ -1,9 +1,9 @@
-"""Inner optimizers: what runs on the coordinates inside a subspace, or on the whole gradient
-without one.
+"""Inner optimizers: what runs on coordinates, or on the whole gradient without a subspace.
 
-Every inner optimizer turns coordinates `(...)` into a `Direction`: the weight moves by `-step *
-value`, lifted to full size. Moments are updated in place. Weight decay is always decoupled (`W <- W
-(1 - lr * weight_decay)`); an inner optimizer only says whether it comes before or after the step.
+Every inner optimizer turns coordinates `(...)` into a `Direction`: the weight moves by
+`-step * value`, lifted to full size. Moments are updated in place. Weight decay is always decoupled
+(`W <- W (1 - lr * weight_decay)`); an inner optimizer only says whether it comes before or after
+the step.
 """
 
 from __future__ import annotations
@@ -69,8 +69,7 @@ class Inner:
         return 0.0
 
     def fallback(self) -> Inner:
-        """The inner optimizer for tensors that this one cannot treat (vectors, for matrix
-        methods)."""
+        """The inner optimizer for what this one cannot treat (vectors, for matrix methods)."""
         return self
 
 
@@ -103,8 +102,9 @@ _CONVENTIONS = ("hf", "torch", "bitsandbytes")
 
 @dataclass(frozen=True)
 class Adam(Inner):
-    """Adam with decoupled weight decay (Kingma, Ba 2014, arXiv 1412.6980; Loshchilov, Hutter 2017,
-    arXiv 1711.05101).
+    """Adam with decoupled weight decay.
+
+    Kingma, Ba 2014, arXiv 1412.6980; Loshchilov, Hutter 2017, arXiv 1711.05101.
 
         M <- b1 M + (1 - b1) R,  V <- b2 V + (1 - b2) R∘R,  value = M / (sqrt(V) + e)
 
@@ -179,8 +179,7 @@ class Adam(Inner):
         """See the class."""
         step, eps = self._scalars(age, lr)
         value = work.like(coordinates).zero_()
-        # A unit step on a zero weight is minus the direction itself: one fused pass over the
-        # moments.
+        # A unit step on a zero weight is minus the direction: one fused pass over the moments.
         moments = state["exp_avg"], state["exp_avg_sq"]
         self._fused([value], [coordinates.contiguous()], [moments[0]], [moments[1]], -1.0, 0.0, eps)
         return Direction(value, step)
@@ -194,8 +193,10 @@ class Adam(Inner):
         lr: float,
         weight_decay: float,
     ) -> None:
-        """Update whole weights in place with one fused kernel call; all tensors share dtype and
-        device."""
+        """Update whole weights in place with one fused kernel call.
+
+        All tensors share dtype and device.
+        """
         step, eps = self._scalars(age, lr)
         shrink = lr * weight_decay
         if self.decay == "after":
@@ -240,8 +241,9 @@ Start = Literal["zero", "gradient", "parameter"]
 
 @dataclass(frozen=True)
 class SGD(Inner):
-    """Stochastic gradient descent with (heavy-ball or Nesterov) momentum: `M <- momentum M + (1 -
-    dampening) R`.
+    """Stochastic gradient descent with (heavy-ball or Nesterov) momentum.
+
+        M <- momentum M + (1 - dampening) R
 
     Args:
         momentum: 0 keeps no state.
@@ -344,8 +346,9 @@ class Lion(Inner):
 
 @dataclass(frozen=True)
 class AverageMomentum(Inner):
-    """Exponential moving average `M <- b M + (1 - b) R`, stepped along the new average (Flora's
-    momentum).
+    """Flora's momentum: an exponential moving average, stepped along the new average.
+
+        M <- b M + (1 - b) R
 
     Args:
         beta: averaging rate.
@@ -378,15 +381,15 @@ class AverageMomentum(Inner):
 
 @dataclass(frozen=True)
 class Adafactor(Inner):
-    """Adafactor (Shazeer, Stern 2018, arXiv 1804.04235) with a given learning rate, as GaLore runs
-    it on coordinates.
+    """Adafactor with a given learning rate, as GaLore runs it on coordinates.
+
+    Shazeer, Stern 2018, arXiv 1804.04235.
 
         b_t = 1 - t^decay_rate;  row, col <- EMA_{b_t} of the row and column means of R∘R + eps
         u = R (row / mean(row))^-1/2 col^-1/2;  u <- u / max(1, rms(u) / clip_threshold);  u <- lr u
-        with beta1: m <- beta1 m + (1 - beta1) u, and m is the step (momentum is taken after the
-        learning rate)
+        with beta1: m <- beta1 m + (1 - beta1) u, and m is the step
 
-    Vectors keep an unfactored second moment.
+    Momentum is taken after the learning rate. Vectors keep an unfactored second moment.
 
     Args:
         beta1: rate of the first moment; None keeps none.
@@ -442,8 +445,7 @@ class Adafactor(Inner):
 def factored_declarations(
     is_matrix: bool, what: str, name: str = "exp_avg_sq"
 ) -> tuple[StateDeclaration, ...]:
-    """Declarations of a factored second moment of the "coordinate"s or of the whole "matrix"
-    (`what`)."""
+    """Declarations of a factored second moment of the "coordinate"s or the "matrix" (`what`)."""
     if is_matrix:
         return (
             StateDeclaration(f"{name}_row", "second_moment", f"{what}_rows"),
@@ -461,8 +463,9 @@ def factored_scaling(
     out: Tensor,
     name: str = "exp_avg_sq",
 ) -> Tensor:
-    """`x` divided by the root of Adafactor's (factored) second moment, whose averages are updated
-    in place.
+    """`x` divided by the root of Adafactor's (factored) second moment.
+
+    The moment's averages are updated in place.
 
     Args:
         x: `(..., m, n)`, or any shape when the state holds an unfactored moment.

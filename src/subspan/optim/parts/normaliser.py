@@ -14,10 +14,10 @@ from subspan.subspaces.layout import Layout, StateDeclaration
 
 @dataclass(frozen=True)
 class FactoredRMS:
-    """Adafactor's factored second moment, taken on the whole gradient before it is projected
-    (Flora).
+    """Adafactor's factored second moment of the whole gradient (Flora).
 
-    Row and column means cost m + n numbers per matrix. Vectors keep one number per entry.
+    It is taken before the gradient is projected. Row and column means cost m + n numbers per
+    matrix. Vectors keep one number per entry.
 
     Args:
         eps: added to the squared gradient.
@@ -37,8 +37,10 @@ class FactoredRMS:
     def normalise(
         self, gradient: Tensor, state: dict[str, Any], step: int, work: Workspace
     ) -> Tensor:
-        """The scaled gradient; the averages are updated in place. `step` is 1-based and never
-        restarts."""
+        """The scaled gradient; the averages are updated in place.
+
+        `step` is 1-based and never restarts.
+        """
         return factored_scaling(
             gradient, state, step, self.decay_rate, self.eps, work.like(gradient), "gradient_sq"
         )

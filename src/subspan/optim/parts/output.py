@@ -4,10 +4,10 @@ Every published form is a case of one expression,
 
     W <- decay W - lift(coordinates) - scale ∘ G - extra,
 
-where `scale` is a number or one factor per column or row of the gradient. The residual `G -
-lift(project(G))` times such a factor never has to be formed: factors per column commute with a lift
-from the left (and per row from the right), so its lifted half joins the coordinates before the one
-lift that is made anyway.
+where `scale` is a number or one factor per column or row of the gradient. The residual
+`G - lift(project(G))` times such a factor never has to be formed: factors per column commute with a
+lift from the left (and per row from the right), so its lifted half joins the coordinates before the
+one lift that is made anyway.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ TINY = 1e-8
 
 @dataclass
 class MomentumLoss:
-    """What the lifted first moment lost when the basis changed: `lift_old(before) -
-    lift_new(after)`, unlifted."""
+    """What the lifted first moment lost when the basis changed, kept unlifted.
+
+    loss = lift_old(before) - lift_new(after)
+    """
 
     previous: Subspace
     before: Tensor
@@ -45,8 +47,10 @@ class MomentumLoss:
 
 @dataclass
 class Update:
-    """The terms of `W <- decay W - alpha lift(coordinates) - scale ∘ G - extra - rate loss`; None
-    means absent."""
+    """The terms of an update; None means absent.
+
+    W <- decay W - alpha lift(coordinates) - scale ∘ G - extra - rate loss
+    """
 
     coordinates: Tensor | None = None
     alpha: Rate = 1.0
@@ -107,11 +111,12 @@ class Discard(Remainder):
 
 @dataclass(frozen=True)
 class NormScaled(Remainder):
-    """The residual scaled as the inner optimizer scaled the coordinates (Fira, Chen et al. 2024,
-    arXiv 2410.01623).
+    """The residual scaled as the inner optimizer scaled the coordinates (Fira).
 
-        phi_j = ||N_j|| / (||R_j|| + 1e-8),  S = (G - a lift(R)) phi,  W <- W - step (scale lift(N)
-        + S)
+    Chen et al. 2024, arXiv 2410.01623.
+
+        phi_j = ||N_j|| / (||R_j|| + 1e-8),  S = (G - a lift(R)) phi
+        W <- W - step (scale lift(N) + S)
 
     with one factor per column (left) or row (right). A limiter per matrix keeps the norm of S from
     growing by more than `growth_limit` per step.
@@ -192,8 +197,10 @@ class Stateless(Remainder):
         )
 
     def idle(self, gradient: Tensor, lr: Rate, work: Workspace) -> Update:
-        """The update of a tensor that has no state in this period: all of its gradient is
-        residual."""
+        """The update of a tensor that has no state in this period.
+
+        All of its gradient is residual.
+        """
         if self.rule == "sgd":
             return Update(scale=lr * self.weight)
         return Update(extra=work.like(gradient).copy_(gradient).sign_().mul_(lr * self.weight))
@@ -201,8 +208,9 @@ class Stateless(Remainder):
 
 @dataclass(frozen=True)
 class ErrorFeedback(Remainder):
-    """The residual is stored and added to the next gradient (LDAdam, Robert et al. 2024, arXiv
-    2410.16103).
+    """The residual is stored and added to the next gradient (LDAdam).
+
+    Robert et al. 2024, arXiv 2410.16103.
 
         E = A - lift(R) + b1 / (1 - b1) (lift_old(M_old) - lift_new(M_new)),  A = G + E_before
 
@@ -252,11 +260,13 @@ class Lift:
 
 @dataclass(frozen=True)
 class RescaledGradient:
-    """The raw gradient, rescaled by what happened inside the subspace (APOLLO, Zhu et al. 2024,
-    arXiv 2412.05270).
+    """The raw gradient, rescaled by what happened inside the subspace (APOLLO).
 
-        "channel": phi_j = ||N_j|| / (||R_j|| + 1e-8) per column (left) or row (right);  "tensor":
-        ||N|| / (||R|| + 1e-8) W <- W - step sqrt(scale) limited(G phi)
+    Zhu et al. 2024, arXiv 2412.05270.
+
+        "channel": phi_j = ||N_j|| / (||R_j|| + 1e-8) per column (left) or row (right)
+        "tensor":  phi = ||N|| / (||R|| + 1e-8)
+        W <- W - step sqrt(scale) limited(G phi)
 
     Args:
         granularity: "channel" or "tensor".
@@ -318,11 +328,10 @@ def limiter_declaration(limit: float | None) -> tuple[StateDeclaration, ...]:
 
 
 def limit_growth(norm: Tensor, state: dict[str, Any], limit: float) -> Tensor:
-    """The factor that keeps a norm from exceeding `limit` times the last one, which is updated in
-    place.
+    """The factor that keeps a norm from exceeding `limit` times the last one.
 
-    A zero norm leaves the memory alone: after a zero gradient the next update would otherwise start
-    from 1e-8.
+    The last one is updated in place. A zero norm leaves the memory alone: after a zero gradient the
+    next update would otherwise start from 1e-8.
 
     Args:
         norm: one per matrix.
@@ -340,7 +349,10 @@ def channel_energies(x: Tensor, scene: Scene) -> Tensor:
     if scene.layout.side != "left":
         return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
     # A norm along columns strides through memory; squaring first and summing rows does not.
-    return torch.mul(x, x, out=scene.work.like(x)).sum(-2, keepdim=True)
+    squares = torch.mul(x, x, out=scene.work.like(x))
+    energies = squares.sum(-2, keepdim=True)
+    scene.work.give_back(squares)
+    return energies
 
 
 def channel_factors(scene: Scene, inside: Tensor) -> Tensor:

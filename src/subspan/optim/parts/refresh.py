@@ -41,8 +41,9 @@ class Refresh:
 
 @dataclass(frozen=True)
 class Every(Refresh):
-    """Every `gap` steps: at steps 1, 1 + gap, 1 + 2 gap, ... (`phase=1`), or 1, gap, 2 gap, ...
-    (`phase=0`).
+    """Every `gap` steps.
+
+    At steps 1, 1 + gap, 1 + 2 gap, ... (`phase=1`), or 1, gap, 2 gap, ... (`phase=0`).
 
     Args:
         gap: steps between refreshes.
@@ -68,10 +69,10 @@ class Every(Refresh):
 
 @dataclass(frozen=True)
 class OnDrift(Refresh):
-    """When the subspace has drifted: it captures less than `tolerance` of what it captured when it
-    was found.
+    """When the subspace has drifted.
 
-    The captured energy `||project(G)||^2 / ||G||^2` is compared every `check_every` steps, which
+    It then captures less than `tolerance` of what it captured when it was found. The captured
+    energy `||project(G)||^2 / ||G||^2` is compared every `check_every` steps, which
     costs one host synchronisation then.
 
     Args:

@@ -1,5 +1,7 @@
-"""Storage: in which format states and bases are kept between steps. All arithmetic is float32 or
-float64."""
+"""Storage: in which format states and bases are kept between steps.
+
+All arithmetic is float32 or float64.
+"""
 
 from __future__ import annotations
 

@@ -75,8 +75,8 @@ class ProjectionAware(Keep):
         """See the class."""
         if inner.first_moment is None:
             return
-        # `v - m∘m` subtracts nearly equal numbers and the update divides by its root: float64 keeps
-        # it meaningful.
+        # `v - m∘m` subtracts nearly equal numbers and the update divides by its root:
+        # float64 keeps it meaningful.
         first, second = state[inner.first_moment], inner.second_moment
         exact, wide = first.double(), _double(change)
         turned = _turn(exact, wide, side)

@@ -34,9 +34,14 @@ class Workspace:
         if position == len(buffers):
             buffers.append(torch.empty(size, dtype=dtype, device=device))
         elif buffers[position].numel() < size:
+            buffers[position] = buffers[position].new_empty(0)  # free it before allocating anew
             buffers[position] = torch.empty(size, dtype=dtype, device=device)
         return buffers[position][:size].view(shape)
 
     def like(self, tensor: Tensor) -> Tensor:
         """An uninitialised tensor of the same shape, dtype and device."""
         return self.take(tuple(tensor.shape), tensor.dtype, tensor.device)
+
+    def give_back(self, tensor: Tensor) -> None:
+        """Make the tensor that was taken last available again."""
+        self._taken[(tensor.dtype, tensor.device)] -= 1

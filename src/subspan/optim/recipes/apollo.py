@@ -1,5 +1,4 @@
-"""APOLLO and APOLLO-Mini: the raw gradient, rescaled by what Adam does to a random projection of
-it."""
+"""APOLLO and APOLLO-Mini: the raw gradient, rescaled as Adam rescales a random projection of it."""
 
 from __future__ import annotations
 
@@ -12,8 +11,8 @@ from subspan.subspaces.finders import Finder, SeededGaussian, resolve_finder
 
 _PAPER = "Zhu et al.: APOLLO: SGD-like Memory, AdamW-level Performance, 2024, arXiv 2412.05270"
 _DEPARTURES = (
-    "The random basis is drawn again from its seed in every step and not stored; the released code "
-    "stores it.",
+    "The random basis is drawn again from its seed in every step and not stored; with "
+    "store_basis=True it is kept, as in the released code.",
     "The seed of a parameter is `seed` + its position + 1, so that runs with different seeds "
     "differ; seed=0 is the code's.",
     "All projection types work; the code's scaling assumes std.",
@@ -32,10 +31,11 @@ def _apollo(
     eps: float,
     growth_limit: float | None,
     finder: str | Finder,
+    store_basis: bool,
 ) -> Composition:
     return Composition(
         inner=Adam(betas, eps, "hf"),
-        finder=resolve_finder(finder, SeededGaussian()),
+        finder=resolve_finder(finder, SeededGaussian(stored=store_basis)),
         rank=rank or 1,
         proj_type=proj_type,
         refresh=Every(update_proj_gap),
@@ -66,11 +66,12 @@ def APOLLO(
     eps: float = 1e-6,
     growth_limit: float | None = 1.01,
     finder: str | Finder = "gaussian",
+    store_basis: bool = False,
 ) -> Composition:
     """The raw gradient times a factor per channel, estimated by Adam on a random projection.
 
-        R = project(G);  N = Adam(R);  phi_j = ||N_j|| / ||R_j||;  W <- W - lr sqrt(scale) limit(G
-        phi)
+        R = project(G);  N = Adam(R);  phi_j = ||N_j|| / ||R_j||
+        W <- W - lr sqrt(scale) limit(G phi)
 
     Args:
         rank: dimension of the random subspace, or a fraction of the smaller dimension; None for a
@@ -84,6 +85,7 @@ def APOLLO(
         eps: added to the root of the second moment before the bias correction.
         growth_limit: largest growth of the update's norm per step; None for no limiter.
         finder: "gaussian" (from a seed), "svd", or any `Finder`.
+        store_basis: keep the random basis between refreshes instead of drawing it in every step.
     """
     return _apollo(
         rank,
@@ -96,6 +98,7 @@ def APOLLO(
         eps,
         growth_limit,
         finder,
+        store_basis,
     )
 
 
@@ -119,6 +122,7 @@ def APOLLOMini(
     eps: float = 1e-6,
     growth_limit: float | None = 1.01,
     finder: str | Finder = "gaussian",
+    store_basis: bool = False,
 ) -> Composition:
     """APOLLO with a rank-1 projection and one factor per matrix: almost no state.
 
@@ -133,6 +137,7 @@ def APOLLOMini(
         eps: added to the root of the second moment before the bias correction.
         growth_limit: largest growth of the update's norm per step; None for no limiter.
         finder: "gaussian" (from a seed), "svd", or any `Finder`.
+        store_basis: keep the random basis between refreshes instead of drawing it in every step.
     """
     return _apollo(
         rank,
@@ -145,4 +150,5 @@ def APOLLOMini(
         eps,
         growth_limit,
         finder,
+        store_basis,
     )

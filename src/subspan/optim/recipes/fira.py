@@ -44,11 +44,12 @@ def Fira(
     stagger: bool = False,
     finder: str | Finder = "randomized",
 ) -> Composition:
-    """GaLore whose discarded residual is added back, scaled column by column as Adam scaled the
-    coordinates.
+    """GaLore whose discarded residual is added back, scaled as Adam scaled the coordinates.
 
-        phi_j = ||N_j|| / ||R_j||;  S = limit((G - alpha lift(R)) phi);  W <- W - lr (alpha lift(N)
-        + S)
+    The scaling is column by column:
+
+        phi_j = ||N_j|| / ||R_j||;  S = limit((G - alpha lift(R)) phi)
+        W <- W - lr (alpha lift(N) + S)
 
     Args:
         rank: dimension of the subspace, or a fraction of the smaller dimension; None for a plain

@@ -44,11 +44,12 @@ def Flora(
     scale_parameter: bool = True,
     finder: str | Finder = "gaussian",
 ) -> Composition:
-    """Adafactor whose momentum lives in a random subspace: `A` is drawn from a seed and changes
-    every kappa steps.
+    """Adafactor whose momentum lives in a random subspace that changes every kappa steps.
 
-        u = Adafactor(G);  U = (1 - b) u + b lift(M);  M <- b M + (1 - b) project(u);  W <- W - lr
-        clip(U)
+    The projection `A` is drawn from a seed.
+
+        u = Adafactor(G);  U = (1 - b) u + b lift(M);  M <- b M + (1 - b) project(u)
+        W <- W - lr clip(U)
 
     Args:
         rank: rows of the stored momentum, or a fraction of the smaller dimension; None for a plain

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
+from typing import Any, Literal
 
 from subspan.optim.composition import Composition
 from subspan.optim.parts.activity import Blocks
 from subspan.optim.parts.inner import SGD, Adam, Inner, Lion
-from subspan.optim.parts.output import Discard, Lift, Stateless
+from subspan.optim.parts.output import Discard, Stateless
 from subspan.optim.parts.refresh import Every
 from subspan.optim.parts.transport import Keep, Reset
 from subspan.optim.registry import recipe
@@ -19,15 +21,17 @@ from subspan.subspaces.finders import (
     resolve_finder,
 )
 
-_RULES = {"sign_sgd": "sign", "sgd": "sgd", "no": None}
+_RULES: dict[str, Literal["sign", "sgd"] | None] = {"sign_sgd": "sign", "sgd": "sgd", "no": None}
 _CHOICES = ("block", "svd", "random", "randperm", "columns", "rows", "randk")
+# Where a projection does not choose coordinates, and where it fixes the side.
+_FINDERS: dict[str, Finder] = {"svd": SVD(), "random": RandomOrthogonal()}
+_SIDES = {"columns": "right", "rows": "left", "randk": "entries"}
 
 
 @recipe(
     "frugal",
     paper="Zmushko et al.: FRUGAL: Memory-Efficient Optimization by Reducing State Overhead for "
-    "Scalable Training, 2024, "
-    "arXiv 2411.07837",
+    "Scalable Training, 2024, arXiv 2411.07837",
     lr=1e-3,
     memory="2 density mn (blocks, columns, rows, randk); round(density m) (m + 2n) (svd, random)",
     evidence=(
@@ -40,8 +44,7 @@ _CHOICES = ("block", "svd", "random", "randperm", "columns", "rows", "randk")
         "Random choices derive from `seed`, the parameter and the step, not from the global "
         "generator.",
         "official_momentum_start=True starts SGD's buffer from a copy of the first gradient (of "
-        "the weight, for "
-        "unprojected tensors and blocks), as the code does.",
+        "the weight, for unprojected tensors and blocks), as the code does.",
         "A refresh looks at every parameter's own counter; the code reads the first one's of the "
         "group.",
     ),
@@ -64,8 +67,9 @@ def FRUGAL(
     official_momentum_start: bool = False,
     finder: str | Finder | None = None,
 ) -> Composition:
-    """Adam, Lion or SGD on a share of the gradient that changes every gap; signSGD on everything
-    left, in the same step.
+    """Adam, Lion or SGD on a share of the gradient; signSGD on everything left, in the same step.
+
+    The share changes every gap.
 
     Args:
         density: share of the gradient (of the smaller dimension, of columns, rows, entries, or
@@ -86,41 +90,46 @@ def FRUGAL(
         official_momentum_start: see the departures.
         finder: replaces the projection's own finder.
     """
-    if inactive_update_rule not in _RULES:
-        raise ValueError(
-            f"inactive_update_rule={inactive_update_rule!r} must be one of {', '.join(_RULES)}"
-        )
-    if projection not in _CHOICES:
-        raise ValueError(f"projection={projection!r} must be one of {', '.join(_CHOICES)}")
-    rule = _RULES[inactive_update_rule]
+    _check_choice("inactive_update_rule", inactive_update_rule, _RULES)
+    _check_choice("projection", projection, _CHOICES)
     core, plain = _inner(
         inner, betas, eps, momentum, official_momentum_start, projection == "block"
     )
-    common = Composition(
+    share = _share(projection, density, update_gap, block_order, proj_type, finder)
+    rule = _RULES[inactive_update_rule]
+    return Composition(
         inner=core,
         plain=plain,
         transport=Reset() if reset_statistics else Keep(),
-        output=Lift(1.0),
+        remainder=Discard() if rule is None else Stateless(rule, inactive_lr_scale),
         lr_scale=proj_params_lr_scale,
-        activity=Blocks(density, update_gap, block_order) if projection == "block" else None,  # type: ignore[arg-type]
-        remainder=Discard()
-        if rule is None or projection != "block"
-        else Stateless(rule, inactive_lr_scale),  # type: ignore[arg-type]
+        **share,
     )
+
+
+def _check_choice(name: str, value: str, allowed: Collection[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(allowed)}")
+
+
+def _share(
+    projection: str,
+    density: float,
+    update_gap: int,
+    block_order: str,
+    proj_type: str,
+    finder: str | Finder | None,
+) -> dict[str, Any]:
+    """The parts of the composition that choose the share of the gradient with state."""
     if projection == "block":
-        return common
-    default: Finder = RandomCoordinates()
-    if projection in ("svd", "random"):
-        default = SVD() if projection == "svd" else RandomOrthogonal()
-    sides = {"columns": "right", "rows": "left", "randk": "entries"}
-    return replace(
-        common,
-        finder=resolve_finder(default if finder is None else finder, default),
-        rank=float(density),
-        proj_type=sides.get(projection, proj_type),
-        refresh=Every(update_gap),
-        remainder=Discard() if rule is None else Stateless(rule, inactive_lr_scale),  # type: ignore[arg-type]
-    )
+        return {"activity": Blocks(density, update_gap, block_order)}  # type: ignore[arg-type]
+    default = _FINDERS.get(projection, RandomCoordinates())
+    return {
+        "finder": resolve_finder(default if finder is None else finder, default),
+        "rank": float(density),
+        "proj_type": _SIDES.get(projection, proj_type),
+        "refresh": Every(update_gap),
+    }
 
 
 def _inner(

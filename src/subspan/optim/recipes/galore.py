@@ -20,8 +20,7 @@ from subspan.subspaces.finders import Finder, RandomizedSVD, resolve_finder
     memory="rm + 2rn (+ full moments of what is not projected)",
     evidence=(
         "record: galore_adamw_{std,reverse_std,left,right,full}, _std_wd0.1, "
-        "galore_adafactor{,_beta1,_scaleparam}, "
-        "galore_adamw8bit_states32",
+        "galore_adafactor{,_beta1,_scaleparam}, galore_adamw8bit_states32",
         "limit: full rank and unit scale is AdamW in rotated coordinates; with finder='svd' and "
         "Lion or SGD inner, too",
         "law: the basis captures at least 99.5 % of the exact one's energy",
@@ -52,19 +51,19 @@ def GaLore(
     stagger: bool = False,
     finder: str | Finder = "randomized",
 ) -> Composition:
-    """Adam (or Adafactor) on the gradient's projection on its leading singular vectors, found anew
-    every gap steps.
+    """Adam (or Adafactor) on the gradient's projection on its leading singular vectors.
 
         R = project(G);  N = Adam(R);  W <- W - lr scale lift(N)
 
-    The moments are kept over a refresh although their coordinates change.
+    The vectors are found anew every gap steps. The moments are kept over a refresh although their
+    coordinates change.
 
     Args:
         rank: dimension of the subspace, or a fraction of the smaller dimension; None for a plain
             group.
         update_proj_gap: steps between refreshes (200; 500 at 7B).
-        scale: factor on the lifted update; with `lr` the step of projected matrices is `lr *
-            scale`.
+        scale: factor on the lifted update; with `lr` the step of projected matrices is
+            `lr * scale`.
         proj_type: std compresses the smaller dimension; reverse_std, left, right, full.
         inner: "adamw" or "adafactor".
         betas: averaging rates (adamw).

@@ -1,5 +1,7 @@
-"""LDAdam: Adam in a subspace that moves at every step, with moments transported and errors fed
-back."""
+"""LDAdam: Adam in a subspace that moves at every step.
+
+Moments are transported and errors fed back.
+"""
 
 from __future__ import annotations
 
@@ -40,9 +42,9 @@ def LDAdam(
 ) -> Composition:
     """Adam in a subspace that follows gradient and momentum by one power iteration per step.
 
-        A = G + E;  Q = orth(b (b^T Q_old)), b = rho lift_old(M) + (1 - rho) A;  moments are carried
-        to Q statistically; E = A - lift(R) + b1 / (1 - b1) (lift_old(M_old) - lift(M));  W <- W -
-        lr lift(Adam(R))
+        A = G + E;  Q = orth(b (b^T Q_old)), b = rho lift_old(M) + (1 - rho) A
+        moments are carried to Q statistically
+        E = A - lift(R) + b1 / (1 - b1) (lift_old(M_old) - lift(M));  W <- W - lr lift(Adam(R))
 
     Args:
         rank: dimension of the subspace, or a fraction of the smaller dimension; None for a plain
