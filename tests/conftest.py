@@ -1,4 +1,4 @@
-"""One thread per test process: results do not depend on the machine's cores, and parallel workers do not fight."""
+"""One thread per test process: the same results on any machine, and workers that do not fight."""
 
 import torch
 
