@@ -28,8 +28,8 @@ def statistics(config: DataConfig, data: PreparedData) -> RenderableType:
     """Sizes of a tokenised corpus."""
     tokens = len(data.train) + len(data.validation)
     table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column(justify="right")
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
     rows = {
         "training documents": f"{data.documents[0]:,}",
         "held-out documents": f"{data.documents[1]:,}",
