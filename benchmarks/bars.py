@@ -11,7 +11,12 @@ Bar = tuple[str, str, str, bool]  # what, bar, measured, held
 
 _FP32 = 4
 # Same method, its authors' package.
-_PEERS = {"GaLore": "galore-torch", "Fira": "fira", "APOLLO": "apollo-torch"}
+_PEERS = {
+    "GaLore": "galore-torch",
+    "Fira": "fira",
+    "APOLLO": "apollo-torch",
+    "APOLLO stored basis": "apollo-torch",
+}
 
 
 def expected_state_bytes(name: str, shape: Shape) -> int | None:

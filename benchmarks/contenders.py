@@ -137,6 +137,8 @@ def contenders() -> list[Contender]:
         Contender("fira", "Fira", "fira", _fira),
         Contender("fira", "Fira", "pytorch_optimizer", _pytorch_optimizer("Fira"), phase=1),
         Contender("apollo", "APOLLO", "subspan", _ours("apollo")),
+        # The authors' package keeps its random basis; ours draws it again unless told otherwise.
+        Contender("apollo", "APOLLO stored basis", "subspan", _ours("apollo", store_basis=True)),
         Contender("apollo", "APOLLO", "apollo-torch", _apollo_torch(None, 1.0, "channel")),
         Contender(
             "apollo",

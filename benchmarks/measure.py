@@ -122,6 +122,7 @@ def peak_allocated(call: Callable[[], object]) -> int:
     """Exact high-water mark of what torch's CPU allocator hands out during one call.
 
     Counts allocations inside native kernels too, but not what a maths library allocates itself.
+    What the call leaves allocated is state that has grown, not a temporary, and is taken off.
     """
     with _without_native_stderr():
         with profile(
@@ -134,7 +135,7 @@ def peak_allocated(call: Callable[[], object]) -> int:
     for _, change in events:
         live += change
         peak = max(peak, live)
-    return peak
+    return peak - max(0, live)
 
 
 def peak_resident(call: Callable[[], object]) -> int | None:

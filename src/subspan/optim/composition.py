@@ -9,7 +9,14 @@ from typing import Any, Literal
 from subspan.optim.parts.activity import Blocks
 from subspan.optim.parts.inner import Inner
 from subspan.optim.parts.normaliser import FactoredRMS
-from subspan.optim.parts.output import Discard, Lift, Remainder, RescaledGradient, Stateless
+from subspan.optim.parts.output import (
+    Discard,
+    ErrorFeedback,
+    Lift,
+    Remainder,
+    RescaledGradient,
+    Stateless,
+)
 from subspan.optim.parts.refresh import Refresh
 from subspan.optim.parts.storage import Storage
 from subspan.optim.parts.transport import Keep
@@ -234,6 +241,16 @@ class Composition:
             and self.parameter_scale is None
             and self.clip_rms is None
         )
+
+    @property
+    def shows_bad_gradients(self) -> bool:
+        """Whether NaN or infinity in a gradient shows in its coordinates before any state changes.
+
+        Products with a dense basis spread it; chosen coordinates may miss it, and a normaliser or
+        an error buffer has taken it up by then.
+        """
+        dense = self.finder is not None and self.finder.form != "coordinates"
+        return dense and self.normaliser is None and not isinstance(self.remainder, ErrorFeedback)
 
     @property
     def reads_momentum_loss(self) -> bool:

@@ -18,6 +18,8 @@ from subspan.optim import checkpoint, listing
 from subspan.optim.apply import apply_update, root_mean_square
 from subspan.optim.bucket import FIND, Bucket
 from subspan.optim.collect import (
+    check_bucket,
+    checked_in_bucket,
     gradients_are_usable,
     plain_buckets,
     projected_buckets,
@@ -56,10 +58,10 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             storage: format of the state, "parameter" (the parameter's dtype), "fp32" or "bf16", or
                 a mapping from "first_moment", "second_moment", "basis", "error" to them.
             stochastic_rounding: write bf16 weights and moments with stochastic rounding.
-            nonfinite: what to do when a gradient holds NaN or infinity: "raise" (nothing has
-                changed then), "skip" the step (counted in `skipped_steps`), or "ignore" (saves one
-                pass over the gradients and, on accelerators, one synchronisation; NaN then
-                spreads).
+            nonfinite: what to do when a gradient holds NaN or infinity. "raise": an error names the
+                parameter, which is not updated; parameters that came before it may have taken the
+                step. "skip": all gradients are checked first and the whole step is left out
+                (counted in `skipped_steps`), which costs a pass over them. "ignore": NaN spreads.
             seed: from which every random draw derives, together with the parameter's position and
                 step.
 
@@ -177,8 +179,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             The closure's loss, or None.
 
         Raises:
-            FloatingPointError: a gradient is not finite and `nonfinite="raise"`; weights and state
-                are untouched.
+            FloatingPointError: a gradient is not finite and `nonfinite="raise"`. Its parameter and
+                those after it have not changed.
             RuntimeError: a gradient is sparse.
         """
         loss = None
@@ -186,7 +188,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         compositions = [self.composition(position) for position in range(len(self.param_groups))]
-        if not gradients_are_usable(self):
+        if not gradients_are_usable(self, compositions):
             self.skipped_steps += 1
             return loss
         work = Workspace()
@@ -220,6 +222,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         subspace: Subspace | None = None
         coordinates, momentum_loss, refreshed = gradient, None, False
         if parts.finder is not None:
+            late = checked_in_bucket(group, parts, bucket.device)
+            if late and bucket.due:
+                check_bucket(bucket, gradient)
             subspace, momentum_loss, refreshed = self._subspace(
                 bucket, parts, group, gradient, state
             )
@@ -230,6 +235,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             coordinates = subspace.project(
                 gradient, out=work.take(shape, gradient.dtype, gradient.device)
             )
+            if late and not bucket.due:
+                check_bucket(bucket, coordinates)
 
         direction = parts.inner.update(coordinates, state, bucket.age, rate, work)
         update = Update(direction.value, direction.step)

@@ -94,7 +94,11 @@ def charts(runs: Sequence[Run], colours: Colours) -> str:
     thin = "thick: validation, thin: training"
     parts = [
         _chart("Loss against tokens", thin, "tokens"),
-        _chart("Loss against time", "evaluation and saving not counted", "seconds"),
+        _chart(
+            "Loss against time",
+            "without evaluation and saving; a busy machine slows a run",
+            "seconds",
+        ),
     ]
     if finished(runs):
         parts += [
