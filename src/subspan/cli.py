@@ -49,6 +49,7 @@ def _console(quiet: bool = False) -> Console:
 def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
+    """Train large neural networks inside low-rank subspaces."""
     if version:
         print(f"subspan {__version__}")
         raise typer.Exit

@@ -11,7 +11,8 @@ from torch import nn
 import subspan.optim as optim
 from subspan import linalg
 from subspan.optim import Composed, Composition
-from subspan.optim.parts.inner import SGD, Adafactor, Adam, AverageMomentum, Lion
+from subspan.optim.parts.adafactor import Adafactor
+from subspan.optim.parts.inner import SGD, Adam, AverageMomentum, Lion
 from subspan.optim.parts.muon import Muon
 from subspan.optim.parts.normaliser import FactoredRMS
 from subspan.optim.parts.output import (

@@ -137,7 +137,8 @@
   const draw = () => {
     document.querySelectorAll(".chart").forEach((box) => (box.dataset.x === "bytes" ? scatter : curves)(box));
   };
-  let width = 0;
+  let width = document.body.clientWidth;
+  draw();
   new ResizeObserver(() => {
     if (document.body.clientWidth !== width) { width = document.body.clientWidth; draw(); }
   }).observe(document.body);

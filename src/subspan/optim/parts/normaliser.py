@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from subspan.optim.parts.inner import check_non_negative, factored_declarations, factored_scaling
+from subspan.optim.parts.adafactor import factored_declarations, factored_scaling
+from subspan.optim.parts.inner import check_non_negative
 from subspan.optim.parts.workspace import Workspace
 from subspan.subspaces.layout import Layout, StateDeclaration
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from subspan.optim.composition import Composition
-from subspan.optim.parts.inner import Adafactor, Adam, Inner
+from subspan.optim.parts.adafactor import Adafactor
+from subspan.optim.parts.inner import Adam, Inner
 from subspan.optim.parts.output import Lift
 from subspan.optim.parts.refresh import Every
 from subspan.optim.registry import recipe
