@@ -68,14 +68,9 @@ def test_adamw_equals_torch_adamw(shape, weight_decay):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_full_rank_galore_in_the_identity_basis_equals_adamw(side):
-    size = 12 if side == "left" else 20
-    ours, theirs = fresh(12, 20), fresh(12, 20)
-    eye = Replay({0: {1: torch.eye(size, dtype=torch.float64)}})
-    # 20 columns need a full right basis, which is above the smaller dimension: project the
-    # transpose then.
+    # The identity on the smaller side: rows of a wide matrix, columns of a tall one.
     shape = (12, 20) if side == "left" else (20, 12)
-    ours = fresh(*shape)
-    theirs = fresh(*shape)
+    ours, theirs = fresh(*shape), fresh(*shape)
     eye = Replay({0: {1: torch.eye(12, dtype=torch.float64)}})
     options = {"rank": 12, "scale": 1.0, "convention": "torch", "finder": eye, "proj_type": side}
     run(optim.GaLore([ours], lr=0.01, weight_decay=0.1, **options), ours, 6)
@@ -445,3 +440,42 @@ def test_stored_random_basis_gives_the_same_run_as_the_regenerated_one():
         assert ("basis" in optimizer.state[weight]) == stored
         results.append(weight.detach())
     assert torch.equal(results[0], results[1])
+
+
+def test_full_rank_fira_without_a_limiter_is_full_rank_galore():
+    results = []
+    for build, options in (
+        (optim.Fira, {"alpha": 1.0, "growth_limit": None}),
+        (optim.GaLore, {"scale": 1.0}),
+    ):
+        weight = fresh(8, 12)
+        basis = torch.linalg.qr(gradient(5, 8, 8))[0]
+        finder = Replay({0: {1: basis}})
+        run(build([weight], lr=0.01, rank=8, finder=finder, **options), weight, 5)
+        results.append(weight.detach())
+    torch.testing.assert_close(results[0], results[1], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("projection", ["block", "columns", "rows", "randk"])
+def test_frugal_with_density_one_is_the_inner_optimizer(projection):
+    ours, theirs = fresh(8, 12), fresh(8, 12)
+    options = {"density": 1.0, "update_gap": 100, "projection": projection}
+    run(optim.FRUGAL([ours], lr=0.01, **options), ours, 5)
+    run(torch.optim.AdamW([theirs], lr=0.01, weight_decay=0.0), theirs, 5)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_frugal_with_density_zero_keeps_no_state_and_takes_signs():
+    weight = fresh(8, 12)
+    optimizer = optim.FRUGAL([weight], lr=0.01, density=0.0)
+    run(optimizer, weight, 3)
+    assert optimizer.state_bytes()["total"] == 0
+    expected = gradient(0, 8, 12) - 0.01 * sum(gradient(t, 8, 12).sign() for t in (1, 2, 3))
+    torch.testing.assert_close(weight.detach(), expected)
+
+
+def test_flora_projects_back_to_the_identity_on_average():
+    drawn = [linalg.gaussian_basis(seed, 6, 4, dtype=torch.float64) for seed in range(4000)]
+    mean = torch.stack([basis @ basis.T for basis in drawn]).mean(0)
+    # An entry of one product has variance at most 2 / r = 0.5: 5 standard errors of 4000 draws.
+    assert (mean - torch.eye(6, dtype=torch.float64)).abs().max() < 5 * (0.5 / 4000) ** 0.5

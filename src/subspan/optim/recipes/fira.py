@@ -19,7 +19,7 @@ from subspan.subspaces.finders import Finder, RandomizedSVD, resolve_finder
     evidence=(
         "record: fira_adamw_{alpha1,alphafrac}",
         "law: the fused residual equals the explicit one",
-        "limit: at full rank without a limiter the residual vanishes",
+        "limit: at full rank without a limiter it is GaLore",
     ),
     departures=(
         "residual='code' (default) subtracts alpha times the projection as the released code does; "

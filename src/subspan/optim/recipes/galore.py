@@ -22,8 +22,8 @@ from subspan.subspaces.finders import Finder, RandomizedSVD, resolve_finder
     evidence=(
         "record: galore_adamw_{std,reverse_std,left,right,full}, _std_wd0.1, "
         "galore_adafactor{,_beta1,_scaleparam}, galore_adamw8bit_states32",
-        "limit: full rank and unit scale is AdamW in rotated coordinates; with finder='svd' and "
-        "Lion or SGD inner, too",
+        "limit: full rank in the identity basis is AdamW; at full rank with SGD inside, the basis "
+        "does not matter",
         "law: the basis captures at least 99.5 % of the exact one's energy",
     ),
     departures=(
