@@ -259,7 +259,7 @@ def test_projection_aware_variance_equals_the_published_expression():
 
 def test_refresh_happens_at_the_published_steps():
     def steps(policy: Refresh, position: int = 0, count: int = 1) -> list[int]:
-        return [t for t in range(1, 32) if policy.scheduled(t, position, count) == t]
+        return [t for t in range(1, 32) if policy.scheduled(t, position, count, {}) == t]
 
     assert steps(Every(10)) == [1, 11, 21, 31]
     assert steps(Every(10, phase=0)) == [1, 10, 20, 30]
@@ -272,7 +272,7 @@ def test_staggered_refreshes_are_spread_evenly():
     gap, count = 20, 8
     policy = Every(gap, stagger=True)
     per_step = [
-        sum(policy.scheduled(t, i, count) == t for i in range(count)) for t in range(2, 102)
+        sum(policy.scheduled(t, i, count, {}) == t for i in range(count)) for t in range(2, 102)
     ]
     assert max(per_step) == 1
     assert sum(per_step[gap:]) == (100 - gap) // gap * count

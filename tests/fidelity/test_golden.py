@@ -164,7 +164,7 @@ def test_recipe_equals_the_official_trajectory(
     if name == "frugal_block_random":
         flags = recorded_bases(recording)
 
-        def recorded(self: Blocks, period: int, count: int) -> frozenset[int]:
+        def recorded(self: Blocks, period: int, layouts: object) -> frozenset[int]:
             step = period * self.gap + 1
             latest = {p: flags[p][max(at for at in flags[p] if at <= step)] for p in flags}
             return frozenset(i for i, p in enumerate(PARAMETERS[1:]) if latest[p].item())

@@ -18,6 +18,7 @@ from .random import (
     next_seed,
     random_coordinates,
     random_orthogonal,
+    random_permutation,
     split_seed,
 )
 from .rounding import stochastic_round_
@@ -45,6 +46,7 @@ __all__ = [
     "product",
     "random_coordinates",
     "random_orthogonal",
+    "random_permutation",
     "side_size",
     "sketched_basis",
     "split_seed",

@@ -139,3 +139,8 @@ def random_coordinates(
     check_rank(rank, size)
     chosen = torch.randperm(size, generator=generator(seed))[:rank]
     return chosen.sort().values.to(device)
+
+
+def random_permutation(seed: int, size: int) -> Tensor:
+    """A random order of range(size): (size,) int64. Drawn on the CPU."""
+    return torch.randperm(size, generator=generator(seed))

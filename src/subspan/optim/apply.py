@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -61,6 +62,8 @@ def _add(
     gain: Rate,
 ) -> None:
     """`target <- decay * target - gain * U`."""
+    if update.divisor is not None:
+        update = _divided(target, update, gradient, subspace)
     whole = isinstance(decay, Tensor) or update.coordinates is None or subspace is None
     if whole and (isinstance(decay, Tensor) or decay != 1.0):
         target.mul_(decay)
@@ -83,6 +86,28 @@ def _add(
         target.sub_(update.extra.mul_(gain))
     if update.loss is not None:
         _add_loss(target, update.loss, update.rate * gain)
+
+
+def _divided(target: Tensor, update: Update, gradient: Tensor, subspace: Subspace | None) -> Update:
+    """The same update without a divisor.
+
+    A divisor per row commutes with a lift from the right, one per column with a lift from the left;
+    any other is applied in full size.
+    """
+    divisor = update.divisor
+    assert divisor is not None
+    rows, columns = divisor.shape[-1] == 1, divisor.shape[-2] == 1
+    side = getattr(subspace, "side", None)
+    commutes = subspace is None or (side == "right" and rows) or (side == "left" and columns)
+    if commutes and update.extra is None and update.loss is None:
+        coordinates = update.coordinates
+        if coordinates is not None:
+            coordinates = coordinates.div_(divisor)
+        scale = None if update.scale is None else update.scale / divisor
+        return replace(update, coordinates=coordinates, scale=scale, divisor=None)
+    total = torch.zeros_like(target)
+    _add(total, replace(update, divisor=None), gradient, subspace, 1.0, -1.0)
+    return Update(extra=total.div_(divisor))
 
 
 def _add_loss(target: Tensor, loss: MomentumLoss, rate: Rate) -> None:

@@ -8,20 +8,24 @@ parameter whose tensors already are in compute precision is presented as it is, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from subspan import linalg
+from subspan.optim.parts.storage import Codec
 from subspan.optim.parts.workspace import Workspace
-from subspan.subspaces.layout import Layout
+from subspan.subspaces.layout import Layout, StateDeclaration
 
 BASIS_NAMES = frozenset(("basis", "basis_left", "basis_right", "index"))
+Codecs = dict[str, tuple[Codec, StateDeclaration]]
 
 # Draws that one parameter makes in one step, told apart by the purpose mixed into their seeds.
-FIND, ROUND_WEIGHT, ROUND_STATE = 1, 2, 3
+FIND, ROUND_WEIGHT, ROUND_STATE, FOLLOW = 1, 2, 3, 4
 
 
 @dataclass
@@ -37,6 +41,7 @@ class Bucket:
         age: steps since the moments started, this one included.
         due: whether a refresh is planned for this step.
         blank: whether it is put off because the gradient is zero.
+        codecs: of the states that are held in few bits.
     """
 
     weights: list[Tensor]
@@ -47,6 +52,18 @@ class Bucket:
     age: int
     due: bool = False
     blank: bool = False
+    codecs: Codecs = field(default_factory=dict)
+
+    @classmethod
+    def joined(cls, buckets: Sequence[Bucket]) -> Bucket:
+        """Several buckets of alike parameters as one."""
+        if len(buckets) == 1:
+            return buckets[0]
+        lists: dict[str, Any] = {
+            name: [item for bucket in buckets for item in getattr(bucket, name)]
+            for name in ("weights", "gradients", "states", "layouts")
+        }
+        return replace(buckets[0], **lists)
 
     def __post_init__(self) -> None:
         self.layout = self.layouts[0]
@@ -60,7 +77,7 @@ class Bucket:
         A view of the only one where possible.
         """
         view = self.layout.view
-        if self.single:
+        if self.single and not is_quantised(tensors[0]):
             tensor = tensors[0].reshape(view)
             if tensor.dtype == self.dtype:
                 return (
@@ -74,7 +91,7 @@ class Bucket:
         view = self.layout.view
         batch = work.take((len(tensors), *view), self.dtype, self.device)
         for row, tensor in zip(batch, tensors, strict=True):
-            row.copy_(tensor.reshape(view))
+            row.copy_(_plain(tensor).reshape(view))
         return batch[0] if self.single else batch
 
     def owns(self, gathered: Tensor) -> bool:
@@ -83,8 +100,11 @@ class Bucket:
 
     def load(self) -> dict[str, Any]:
         """The states in compute precision; numbers become lists with one entry per parameter."""
-        loaded: dict[str, Any] = {}
+        loaded: dict[str, Any] = {name: self.read(name) for name in self.codecs}
+        held = {name + suffix for name in self.codecs for suffix in self._suffixes(name)}
         for name, first in self.states[0].items():
+            if name in held:
+                continue
             if not isinstance(first, Tensor):
                 loaded[name] = [state[name] for state in self.states]
             else:
@@ -93,6 +113,26 @@ class Bucket:
                 )
                 loaded[name] = stored.to(self.dtype) if stored.is_floating_point() else stored
         return loaded
+
+    def _suffixes(self, name: str) -> list[str]:
+        codec, declared = self.codecs[name]
+        return list(codec.slots(self.layout.shape(declared.shape)))
+
+    def _held(self, name: str, state: dict[str, Any]) -> dict[str, Tensor]:
+        return {suffix: state[name + suffix] for suffix in self._suffixes(name)}
+
+    def read(self, name: str) -> Tensor:
+        """A state that is held in few bits, decoded."""
+        codec, declared = self.codecs[name]
+        shape = self.layout.shape(declared.shape)
+        values = [codec.decode(self._held(name, state), shape, self.dtype) for state in self.states]
+        return values[0] if self.single else torch.stack(values)
+
+    def keep(self, name: str, value: Tensor) -> None:
+        """Encode a state that is held in few bits."""
+        codec, _ = self.codecs[name]
+        for row, state in enumerate(self.states):
+            codec.encode(value if self.single else value[row], self._held(name, state))
 
     def commit(self, loaded: dict[str, Any], *, bases: bool, seed: int, stochastic: bool) -> None:
         """Write loaded states back where they are not the stored tensors themselves.
@@ -105,8 +145,12 @@ class Bucket:
                 nearest).
         """
         for name, value in loaded.items():
-            is_basis = name in BASIS_NAMES
+            is_basis = name in BASIS_NAMES or name.startswith("factor_")
             if is_basis and not bases:
+                continue
+            if name in self.codecs:
+                if not is_basis:  # bases were kept when they were found
+                    self.keep(name, value)
                 continue
             for row, state in enumerate(self.states):
                 stored = state[name]
@@ -126,7 +170,9 @@ class Bucket:
         """Write updated weights back where `gather` had to copy them."""
         for row, weight in enumerate(self.weights):
             new = values if self.single else values[row]
-            if new.data_ptr() != weight.data_ptr() or new.dtype != weight.dtype:
+            if is_quantised(weight) or (
+                new.data_ptr() != weight.data_ptr() or new.dtype != weight.dtype
+            ):
                 draw = self._generator(row, seed, ROUND_WEIGHT) if stochastic else None
                 write(weight, new.view(weight.shape), draw)
 
@@ -143,41 +189,64 @@ class Bucket:
 def write(target: Tensor, value: Tensor, draw: torch.Generator | None) -> None:
     """Copy `value` into `target`.
 
-    Rounds stochastically if the target is bf16 and a generator is given.
+    Rounds stochastically if the target is bf16 or int8 and a generator is given.
     """
-    if target.dtype == torch.bfloat16 and value.dtype == torch.float32 and draw is not None:
+    if is_quantised(target):
+        target.quantise_(value.reshape(target.shape), draw)  # type: ignore[attr-defined]
+    elif target.dtype == torch.bfloat16 and value.dtype == torch.float32 and draw is not None:
         linalg.stochastic_round_(target, value.reshape(target.shape), draw)
     else:
         target.copy_(value)
 
 
+def _plain(tensor: Tensor) -> Tensor:
+    plain: Tensor = tensor.dequantise() if is_quantised(tensor) else tensor  # type: ignore[attr-defined]
+    return plain
+
+
+def is_quantised(tensor: Tensor) -> bool:
+    """Whether a weight is held in few bits (`subspan.layers.QuantisedWeight`)."""
+    return hasattr(type(tensor), "quantise_")
+
+
 def pieces(bucket: Bucket, length: int) -> list[Bucket]:
     """Cut a bucket of one elementwise parameter into flat pieces, to keep temporaries small."""
     weight, gradient, state = bucket.weights[0], bucket.gradients[0], bucket.states[0]
+    unit = max((codec.unit for codec, _ in bucket.codecs.values()), default=1)
+    length = -(-length // unit) * unit
     tensors = [value for value in state.values() if isinstance(value, Tensor)]
     flat = all(tensor.is_contiguous() for tensor in (weight, gradient, *tensors))
-    if not flat or weight.numel() <= length:
+    if not flat or weight.numel() <= length or is_quantised(weight):
         return [bucket]
+    # Tensors that hold a state in few bits are shorter than the weight: entries per element.
+    per = {
+        name + suffix: 2 * unit // math.prod(shape)
+        for name, (codec, _) in bucket.codecs.items()
+        for suffix, (shape, _) in codec.slots((2 * unit,)).items()
+    }
+    size = weight.numel()
     cut = []
-    for number, start in enumerate(range(0, weight.numel(), length)):
-        part = slice(start, start + length)
-        size = min(length, weight.numel() - start)
+    for number, start in enumerate(range(0, size, length)):
+        stop = min(start + length, size)
         # The number joins the index: pieces of one parameter must not draw the same rounding noise.
         layout = replace(
-            bucket.layout, view=(size,), index=linalg.derive_seed(bucket.layout.index, number)
+            bucket.layout,
+            view=(stop - start,),
+            index=linalg.derive_seed(bucket.layout.index, number),
         )
         sliced = {
-            name: value.view(-1)[part] if isinstance(value, Tensor) else value
+            name: value.view(-1)[start // per.get(name, 1) : -(-stop // per.get(name, 1))]
+            if isinstance(value, Tensor)
+            else value
             for name, value in state.items()
         }
         cut.append(
-            Bucket(
-                [weight.view(-1)[part]],
-                [gradient.view(-1)[part]],
-                [sliced],
-                [layout],
-                bucket.step,
-                bucket.age,
+            replace(
+                bucket,
+                weights=[weight.view(-1)[start:stop]],
+                gradients=[gradient.view(-1)[start:stop]],
+                states=[sliced],
+                layouts=[layout],
             )
         )
     return cut

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from subspan.optim.bucket import is_quantised
+
 if TYPE_CHECKING:
     from subspan.optim.engine import SubspaceOptimizer
 
@@ -97,34 +99,37 @@ def _matched_state(
     for parameter, key in pairs:
         if key not in saved_state:
             continue
-        layout, parts = optimizer.layout_of(parameter), optimizer.parts_of(parameter)
-        declared = {item.name: item for item in parts.declarations(layout)}
+        saved = saved_state[key]
+        active = bool(saved.get("active", 1))
+        layout = optimizer.layout_in(parameter, active)
+        parts = optimizer.parts_in(parameter, active)
+        slots = parts.slots(layout, parameter.dtype) if parts else {}
         state: dict[str, Any] = {}
-        for name, value in saved_state[key].items():
+        for name, value in saved.items():
             if not isinstance(value, Tensor):
                 state[name] = value
                 continue
-            if name not in declared:
+            if name not in slots:
                 raise ValueError(
                     f"the checkpoint holds {name!r} for parameter {layout.name!r}, which this "
                     "method does not keep"
                 )
-            shape = layout.shape(declared[name].shape)
+            _, (shape, dtype) = slots[name]
             if tuple(value.shape) != shape:
                 raise ValueError(
                     f"{name!r} of parameter {layout.name!r} has shape {tuple(value.shape)} in the "
                     f"checkpoint, {shape} in this optimizer: rank, side or model differ"
                 )
-            dtype = parts.storage.dtype(declared[name], parameter.dtype)
-            target = torch.zeros_like(parameter, dtype=dtype) if shape == parameter.shape else None
+            like = shape == parameter.shape and not is_quantised(parameter)
+            target = torch.zeros_like(parameter, dtype=dtype) if like else None
             copy = (
                 torch.empty(shape, dtype=dtype, device=parameter.device)
                 if target is None
                 else target
             )
             state[name] = copy.copy_(value)
-        missing = [name for name in declared if name not in state]
-        if missing and "period" not in state:
+        missing = [name for name in slots if name not in state]
+        if missing and "step" in state:
             raise ValueError(f"the checkpoint lacks {missing[0]!r} for parameter {layout.name!r}")
         loaded[parameter] = state
     return loaded

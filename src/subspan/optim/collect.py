@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from subspan.optim.bucket import Bucket, pieces
+from subspan.optim.bucket import Bucket, is_quantised, pieces
 from subspan.optim.composition import Composition
+from subspan.optim.parts.activity import Activity
 from subspan.optim.parts.inner import Adam
 from subspan.subspaces.layout import Layout
 
@@ -26,20 +27,26 @@ SMALL = 1 << 16
 State = dict[str, Any]
 
 
-def gradients_are_usable(optimizer: SubspaceOptimizer, compositions: Sequence[Composition]) -> bool:
+def gradients_are_usable(
+    optimizer: SubspaceOptimizer, work: Sequence[tuple[State, Composition, Sequence[Tensor]]]
+) -> bool:
     """Check gradients before anything changes; False means that the step is to be skipped.
 
     Left out are those that `checked_in_bucket` names: a pass over them would cost about a tenth of
     a step on the CPU.
 
+    Args:
+        optimizer: whose parameters they are.
+        work: param group, its parts, and those of its parameters that take the step.
+
     Raises:
         FloatingPointError: a gradient is not finite and its group says "raise".
-        RuntimeError: a gradient is sparse.
+        RuntimeError: a gradient is sparse, or a parameter has moved to another device or dtype.
     """
     sums: dict[torch.device, list[Tensor]] = {}
     checked: list[tuple[Tensor, Tensor, str]] = []
-    for group, parts in zip(optimizer.param_groups, compositions, strict=True):
-        for parameter in group["params"]:
+    for group, parts, parameters in work:
+        for parameter in parameters:
             gradient = parameter.grad
             if gradient is None:
                 continue
@@ -49,6 +56,7 @@ def gradients_are_usable(optimizer: SubspaceOptimizer, compositions: Sequence[Co
                     f"parameter {layout.name!r} has a sparse gradient: use sparse=False in its "
                     "embedding, or torch.optim.SparseAdam for it"
                 )
+            optimizer.check_home(parameter)
             late = layout.projected and checked_in_bucket(group, parts, parameter.device)
             if group["nonfinite"] != "ignore" and not late:
                 sums.setdefault(gradient.device, []).append(_sum(gradient).abs().float())
@@ -67,7 +75,8 @@ def checked_in_bucket(group: State, parts: Composition, device: torch.device) ->
 
     Where that would wait for a device, one check for all of them is better.
     """
-    return group["nonfinite"] == "raise" and parts.shows_bad_gradients and device.type == "cpu"
+    shown = parts.shows_bad_gradients and parts.tensors is None and parts.idle is None
+    return group["nonfinite"] == "raise" and shown and device.type == "cpu"
 
 
 def check_bucket(bucket: Bucket, gathered: Tensor) -> None:
@@ -96,118 +105,142 @@ def _sum(gradient: Tensor) -> Tensor:
     return gradient.sum(dtype=torch.float32 if gradient.dtype == torch.float16 else None)
 
 
-def plain_buckets(
-    optimizer: SubspaceOptimizer, group: State, composition: Composition
-) -> Iterator[tuple[Bucket, Composition]]:
-    """Buckets of a group's unprojected parameters, with the parts that update them.
+def assignments(
+    optimizer: SubspaceOptimizer, group: State, composition: Composition, ready: Sequence[Tensor]
+) -> list[tuple[Composition, list[Tensor]]]:
+    """Which parts update which of a group's parameters in this step.
 
-    Those that a fused kernel can update as they are, all at once, are updated here.
+    Parameters that rest in this period are left out. At the start of a period all start afresh.
+
+    Args:
+        optimizer: whose parameters they are.
+        group: the param group.
+        composition: its parts.
+        ready: those of its parameters that have a gradient.
     """
-    fused: dict[tuple[Any, ...], list[Bucket]] = {}
-    for parameter in group["params"]:
-        layout = optimizer.layout_of(parameter)
-        if parameter.grad is None or layout.projected:
-            continue
-        parts = composition.parts_for(layout)
-        state = state_of(optimizer, parameter, parts, group)
-        step = state["step"] + 1
-        bucket = Bucket([_real(parameter)], [_real(parameter.grad)], [state], [layout], step, step)
-        if not parts.elementwise:
-            yield bucket, parts
-        elif isinstance(parts.inner, Adam) and _is_native(bucket):
-            key = (parts.inner, bucket.dtype, bucket.device, step)
-            fused.setdefault(key, []).append(bucket)
-        else:
-            for piece in pieces(bucket, PIECE.get(bucket.device.type, PIECE["other"])):
-                yield piece, parts
-            state["step"] = step
-    for (inner, _, _, step), buckets in fused.items():
-        weights, gradients, states = (
-            [getattr(bucket, name)[0] for bucket in buckets]
-            for name in ("weights", "gradients", "states")
-        )
-        inner.step_weights(
-            weights, gradients, states, step, float(group["lr"]), group["weight_decay"]
-        )
-        for state in states:
-            state["step"] = step
+    if composition.activity is not None:
+        start_period(optimizer, group, composition.activity)
+    found: dict[int, tuple[Composition, list[Tensor]]] = {}
+    for parameter in ready:
+        parts = optimizer.parts_of(parameter)
+        if parts is not None:
+            found.setdefault(id(parts), (parts, []))[1].append(parameter)
+    return list(found.values())
 
 
-def projected_buckets(
+def start_period(optimizer: SubspaceOptimizer, group: State, activity: Activity) -> None:
+    """At the start of a period, draw who is active and drop what everyone kept."""
+    everyone = optimizer.projected(group)
+    period = activity.period(group["steps"])
+    # Parameters that never had a gradient cost nothing, not even a note of the period.
+    late = [
+        (position, parameter)
+        for position, parameter in enumerate(everyone)
+        if (parameter.grad is not None or parameter in optimizer.state)
+        and optimizer.state[parameter].get("period") != period
+    ]
+    if not late:
+        return
+    layouts = [optimizer.layout_of(parameter) for parameter in everyone]
+    active = activity.active(period, layouts)
+    for position, parameter in late:
+        state: State = optimizer.state[parameter]
+        step = state.get("step", state.get("kept_step", 0))
+        state.clear()
+        state.update(period=period, active=int(position in active), kept_step=step)
+
+
+def buckets(
     optimizer: SubspaceOptimizer,
-    parameters: list[Tensor],
+    parameters: Sequence[Tensor],
     group: State,
     parts: Composition,
     largest: int,
 ) -> Iterator[Bucket]:
+    """The buckets of the parameters that these parts update.
+
+    Those that a fused kernel can update as they are, all at once, are updated here.
+
+    Args:
+        optimizer: whose parameters they are.
+        parameters: some of a param group's, all with a gradient.
+        group: that param group.
+        parts: what updates them.
+        largest: entries of the largest parameter, which no batch exceeds.
+    """
+    alike: dict[tuple[Any, ...], list[Bucket]] = {}
+    fused: dict[tuple[Any, ...], list[Bucket]] = {}
+    for parameter in parameters:
+        bucket = _bucket_of(optimizer, parameter, group, parts)
+        layout, state = bucket.layout, bucket.states[0]
+        if parts.elementwise:
+            if isinstance(parts.inner, Adam) and parts.gain == 1.0 and _is_native(bucket):
+                key = (bucket.dtype, bucket.device, bucket.step, bucket.age)
+                fused.setdefault(key, []).append(bucket)
+            else:
+                yield from pieces(bucket, PIECE.get(bucket.device.type, PIECE["other"]))
+                state["step"] = bucket.step
+            continue
+        shape = (layout.view, layout.side, layout.rank, layout.mode_ranks)
+        kind = (parameter.dtype, parameter.device, bucket.gradients[0].dtype)
+        history = (bucket.step, bucket.age, bucket.due, bucket.blank)
+        found = state.get("refreshed", 1) > 0
+        alike.setdefault((shape, kind, history, found), []).append(bucket)
+    for (_, _, step, age), members in fused.items():
+        _update_fused(members, group, parts, step, age)
+    for members in alike.values():
+        yield from _batches(members, largest)
+
+
+def _bucket_of(
+    optimizer: SubspaceOptimizer, parameter: Tensor, group: State, parts: Composition
+) -> Bucket:
+    layout = optimizer.layout_of(parameter)
+    state = state_of(optimizer, parameter, parts, group)
+    gradient = parameter.grad
+    assert gradient is not None
+    step = state["step"] + 1
+    due = blank = False
+    if parts.finder is not None:
+        position, count = optimizer.place_of(parameter)
+        planned = parts.refresh.scheduled(step, position, count, state)
+        due = state["refreshed"] < planned
+        # A zero gradient carries no subspace: the old one stays, the next step looks again.
+        blank = due and parts.finder.reads_gradient and not bool(gradient.any())
+    age = step - state.get("restarted", 0)
+    weights, gradients = [real(parameter)], [real(gradient)]
+    return Bucket(
+        weights, gradients, [state], [layout], step, age, due, blank, parts.codecs(layout)
+    )
+
+
+def _batches(members: list[Bucket], largest: int) -> Iterator[Bucket]:
     """Equal parameters in batches that together are no larger than the largest parameter.
 
     On the CPU a large matrix gains nothing from a batch, which would only copy it.
     """
-    alike: dict[tuple[Any, ...], list[tuple[Tensor, Layout, State]]] = {}
-    projected = optimizer.projected(group) if parts.finder is not None else []
-    positions = {parameter: position for position, parameter in enumerate(projected)}
-    for parameter in parameters:
-        layout = optimizer.layout_of(parameter)
-        state = state_of(optimizer, parameter, parts, group)
-        gradient = parameter.grad
-        assert gradient is not None
-        step = state["step"] + 1
-        age = step - state.get("restarted", 0)
-        due = blank = False
-        if parts.finder is not None:
-            planned = parts.refresh.scheduled(step, positions[parameter], len(projected))
-            due = state["refreshed"] < planned
-            # A zero gradient carries no subspace: the old one stays, the next step looks again.
-            blank = due and parts.finder.reads_gradient and not bool(gradient.any())
-        shape = (layout.view, layout.side, layout.rank)
-        kind = (parameter.dtype, parameter.device, gradient.dtype)
-        found = state.get("refreshed", 1) > 0
-        alike.setdefault((shape, kind, step, age, due, blank, found), []).append(
-            (parameter, layout, state)
-        )
-    for (_, (_, device, _), step, age, due, blank, _), members in alike.items():
-        size = members[0][1].natural_size
-        large = device.type == "cpu" and size >= SMALL
-        length = 1 if large else max(1, largest // size)
-        for start in range(0, len(members), length):
-            weights, layouts, states = zip(*members[start : start + length], strict=True)
-            gradients = [weight.grad for weight in weights]
-            yield Bucket(
-                list(weights), gradients, list(states), list(layouts), step, age, due, blank
-            )
+    first = members[0]
+    size = first.layout.natural_size
+    whole = first.device.type == "cpu" and size >= SMALL
+    single = whole or not first.layout.is_matrix
+    length = 1 if single else max(1, largest // max(1, size))
+    for start in range(0, len(members), length):
+        yield Bucket.joined(members[start : start + length])
 
 
-def split_by_activity(
-    optimizer: SubspaceOptimizer, group: State, parts: Composition
-) -> tuple[list[Tensor], list[Tensor]]:
-    """A group's projected parameters that have a gradient, as active and idle ones."""
-    everyone = optimizer.projected(group)
-    ready = [parameter for parameter in everyone if parameter.grad is not None]
-    if parts.activity is None or not ready:
-        return ready, []
-    steps = [optimizer.state[p].get("step", 0) for p in everyone if p in optimizer.state]
-    period = max(steps, default=0) // parts.activity.gap
-    chosen = parts.activity.active(period, len(everyone))
-    active: list[Tensor] = []
-    idle: list[Tensor] = []
-    fresh: list[Tensor] = []
-    for position, parameter in enumerate(everyone):
-        if parameter.grad is None:
-            continue
-        (active if position in chosen else idle).append(parameter)
-        state = optimizer.state[parameter]
-        if state.get("period") != period:
-            # Only active tensors keep moments, and they start afresh with every period.
-            step = state.get("step", 0)
-            state.clear()
-            state.update(step=step, restarted=step, period=period)
-            fresh += [parameter] if position in chosen else []
-    # Allocated only after the old moments are gone, so that a change of period costs no memory.
-    for parameter in fresh:
-        layout = optimizer.layout_of(parameter)
-        _allocate(layout, parameter, parts, optimizer.state[parameter])
-    return active, idle
+def _update_fused(
+    members: list[Bucket], group: State, parts: Composition, step: int, age: int
+) -> None:
+    inner = parts.inner
+    assert isinstance(inner, Adam)
+    weights, gradients, states = (
+        [getattr(bucket, name)[0] for bucket in members]
+        for name in ("weights", "gradients", "states")
+    )
+    lr, decay = float(group["lr"]), group["weight_decay"]
+    inner.step_weights(weights, gradients, states, age, lr, decay, lr * parts.lr_scale)
+    for state in states:
+        state["step"] = step
 
 
 def state_of(
@@ -217,38 +250,59 @@ def state_of(
     state: State = optimizer.state[parameter]
     if "step" not in state:
         layout = optimizer.layout_of(parameter)
-        state["step"] = 0
+        state["step"] = state.pop("kept_step", 0)
+        if "period" in state or parts.transport.restarts:
+            state["restarted"] = state["step"]
         if parts.finder is not None:
             state["refreshed"] = 0
-            if parts.transport.restarts:
-                state["restarted"] = 0
             if parts.finder.draws_from_seed:
                 state["seed"] = group["seed"] + layout.index + 1
+            state.update(parts.refresh.counters())
         _allocate(layout, parameter, parts, state)
     return state
 
 
 def _allocate(layout: Layout, parameter: Tensor, parts: Composition, state: State) -> None:
+    codecs = parts.codecs(layout)
     for declared in parts.declarations(layout):
-        shape = layout.shape(declared.shape)
-        dtype = parts.storage.dtype(declared, parameter.dtype)
-        if shape == layout.natural and not parameter.is_complex():
-            tensor = torch.zeros_like(parameter, dtype=dtype)
+        slots = parts.storage.slots(declared, layout, parameter.dtype)
+        for name, (shape, dtype) in slots.items():
+            if (
+                shape == layout.natural
+                and not parameter.is_complex()
+                and not is_quantised(parameter)
+            ):
+                tensor = torch.zeros_like(parameter, dtype=dtype)
+            else:
+                tensor = torch.zeros(shape, dtype=dtype, device=parameter.device)
+            state[name] = tensor
+        if declared.name in codecs:
+            if declared.fill:
+                codec, shape = codecs[declared.name][0], layout.shape(declared.shape)
+                value = torch.empty(shape, device=parameter.device)
+                _fill(value, declared.fill, parameter)
+                suffixes = {name.removeprefix(declared.name): state[name] for name in slots}
+                codec.encode(value, suffixes)
         else:
-            tensor = torch.zeros(shape, dtype=dtype, device=parameter.device)
-        if declared.fill == "parameter":
-            tensor.copy_(_real(parameter))
-        elif declared.fill:
-            tensor.fill_(declared.fill)
-        state[declared.name] = tensor
+            _fill(state[declared.name], declared.fill, parameter)
 
 
-def _real(tensor: Tensor) -> Tensor:
+def _fill(tensor: Tensor, fill: float | str, parameter: Tensor) -> None:
+    if fill == "parameter":
+        tensor.copy_(real(parameter))
+    elif fill:
+        tensor.fill_(fill)  # type: ignore[arg-type]
+
+
+def real(tensor: Tensor) -> Tensor:
+    """Complex tensors as pairs of real numbers."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def _is_native(bucket: Bucket) -> bool:
     """Whether weight, gradient and moments are alike in full precision, as a fused kernel needs."""
+    if bucket.codecs or is_quantised(bucket.weights[0]):
+        return False
     tensors = [bucket.weights[0], bucket.gradients[0]]
     tensors += [value for value in bucket.states[0].values() if isinstance(value, Tensor)]
     strides = tensors[0].stride()

@@ -6,24 +6,27 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from subspan.optim.parts.activity import Blocks
+import torch
+
+from subspan.optim.parts.activity import Activity
 from subspan.optim.parts.inner import Inner
-from subspan.optim.parts.normaliser import FactoredRMS
+from subspan.optim.parts.normaliser import Normaliser
 from subspan.optim.parts.output import (
     Discard,
     ErrorFeedback,
     Lift,
     Remainder,
     RescaledGradient,
+    SignedLift,
     Stateless,
 )
 from subspan.optim.parts.refresh import Refresh
-from subspan.optim.parts.storage import Storage
+from subspan.optim.parts.storage import Codec, Slot, Storage
 from subspan.optim.parts.transport import Keep
 from subspan.subspaces.finders import Finder
 from subspan.subspaces.layout import PROJECTION_TYPES, Layout, StateDeclaration, check_rank
 
-Output = Lift | RescaledGradient
+Output = Lift | SignedLift | RescaledGradient
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,20 @@ class Composition:
         transport: what happens to the moments then.
         output: how the update is made.
         remainder: what is done with the residual.
-        normaliser: scaling of the gradient before it is projected.
-        activity: which projected parameters take part.
+        normaliser: scaling of the gradient before it is projected, or of the lifted update.
+        activity: which projected parameters are active in a period.
+        idle: the parts of those that are not; None: they rest.
+        tensors: the parts of projected weights with more than two dimensions; None: they are read
+            as matrices.
+        tensors_above: with `tensors`, such weights of at most so many entries are not projected.
+        modes: with proj_type "tucker", how many leading modes have a basis; None for all.
+        complement: the inner optimizer works, in full size, on what lies outside the subspace.
+        gain: factor on the coordinates.
         lr_scale: factor on the learning rate of projected parameters (weight decay keeps the
             unscaled one).
         parameter_scale: if given, the learning rate is multiplied with `max(parameter_scale,
             rms(W))`.
+        normalises_all: the normaliser also serves what is not projected.
         clip_rms: if given, the full-size update is divided by `max(1, rms(update) / clip_rms)`.
         storage: formats of the state.
 
@@ -65,10 +76,17 @@ class Composition:
     transport: Keep = field(default_factory=Keep)
     output: Output = field(default_factory=Lift)
     remainder: Remainder = field(default_factory=Discard)
-    normaliser: FactoredRMS | None = None
-    activity: Blocks | None = None
+    normaliser: Normaliser | None = None
+    activity: Activity | None = None
+    idle: Composition | None = None
+    tensors: Composition | None = None
+    tensors_above: int = 0
+    modes: int | None = None
+    complement: bool = False
+    gain: float = 1.0
     lr_scale: float = 1.0
     parameter_scale: float | None = None
+    normalises_all: bool = True
     clip_rms: float | None = None
     storage: Storage = field(default_factory=Storage)
 
@@ -85,13 +103,11 @@ class Composition:
 
     def _disagreements(self) -> list[str]:
         """Every pair of parts that cannot work together, in words."""
+        if self.idle is not None and self.activity is None:
+            return ["idle has no activity that would make a parameter idle"]
         if self.finder is None:
             return self._without_finder()
-        found = []
-        if self.activity is not None:
-            found.append(
-                "activity Blocks works on whole tensors and cannot be combined with a finder"
-            )
+        found: list[str] = []
         found += self._projection_disagreements(self.finder)
         found += self._moment_disagreements(self.finder)
         if (
@@ -113,11 +129,7 @@ class Composition:
                 "output RescaledGradient needs a finder: without a subspace there is nothing to "
                 "compare"
             )
-        if (
-            not isinstance(self.remainder, Discard)
-            and self.activity is None
-            and self.normaliser is None
-        ):
+        if not isinstance(self.remainder, Discard):
             found.append(
                 f"remainder {_name(self.remainder)} needs a finder: without one nothing is "
                 "left over"
@@ -127,8 +139,19 @@ class Composition:
     def _projection_disagreements(self, finder: Finder) -> list[str]:
         """Parts that the projection type or the output leaves without what they need."""
         found = []
-        two_sided, entries = self.proj_type == "full", self.proj_type == "entries"
-        if two_sided and not finder.supports_both_sides:
+        modes = self.proj_type == "tucker"
+        two_sided, entries = self.proj_type == "full" or modes, self.proj_type == "entries"
+        if modes != (finder.form == "modes"):
+            found.append(
+                f"proj_type={self.proj_type!r} and finder {_name(finder)}: one basis per mode of a "
+                "tensor needs proj_type='tucker' and a finder of Tucker factors"
+            )
+            return found
+        if self.complement and (two_sided or entries or not isinstance(self.output, Lift)):
+            found.append("complement needs one projected side and output Lift")
+        if self.complement and not isinstance(self.remainder, Discard):
+            found.append(f"complement leaves remainder {_name(self.remainder)} nothing")
+        if two_sided and not modes and not finder.supports_both_sides:
             found.append(
                 f"finder {_name(finder)} has no two-sided form, which proj_type='full' asks for"
             )
@@ -136,7 +159,7 @@ class Composition:
             found.append(
                 f"finder {_name(finder)} cannot choose entries, which proj_type='entries' asks for"
             )
-        if (two_sided or entries) and self.remainder.one_sided:
+        if (two_sided or entries) and self.remainder.one_sided and not modes:
             found.append(
                 f"remainder {_name(self.remainder)} scales columns or rows; "
                 f"proj_type={self.proj_type!r} has neither"
@@ -187,25 +210,29 @@ class Composition:
             )
         return found
 
+    @property
+    def selective(self) -> bool:
+        """Whether blocks' matrices are treated differently from all other parameters."""
+        own = self.finder is not None or self.activity is not None or self.normaliser is not None
+        return own or self.inner.needs_matrix or self.plain not in (None, self.inner)
+
     def parts_for(self, layout: Layout) -> Composition:
-        """The composition that updates a parameter of that layout."""
+        """The composition that updates a parameter of that layout, while it is active."""
         if layout.projected:
-            return self
+            higher = self.tensors is not None and len(layout.natural) > 2
+            return self.tensors if higher else self  # type: ignore[return-value]
         return self.plain_matrices if len(layout.natural) >= 2 else self.plain_vectors
 
     @cached_property
     def plain_matrices(self) -> Composition:
         """The same inner optimizer, plainly, for matrices that are not projected."""
-        return replace(
-            self,
-            inner=self.plain or self.inner,
-            finder=None,
-            refresh=Refresh(),
-            transport=Keep(),
-            output=Lift(),
-            remainder=Discard(),
-            activity=None,
-            lr_scale=1.0,
+        inner = self.plain or (self.inner.fallback() if self.inner.needs_matrix else self.inner)
+        return Composition(
+            inner,
+            parameter_scale=self.parameter_scale,
+            clip_rms=self.clip_rms,
+            normaliser=self.normaliser if self.normalises_all else None,
+            storage=self.storage,
         )
 
     @cached_property
@@ -221,12 +248,20 @@ class Composition:
         declared = list(self.inner.declare(layout))
         if self.finder is not None:
             declared += self.finder.declare(layout)
-            declared += self.refresh.declare()
+            declared += self.refresh.declare(layout)
         declared += self.remainder.declare(layout) if self.finder is not None else ()
         declared += self.output.declare(layout)
         if self.normaliser is not None:
             declared += self.normaliser.declare(layout)
         return tuple(declared)
+
+    def slots(self, layout: Layout, parameter: torch.dtype) -> dict[str, tuple[str, Slot]]:
+        """Every tensor that a parameter's state consists of: name -> kind, (shape, dtype)."""
+        return {
+            name: (item.kind, slot)
+            for item in self.declarations(layout)
+            for name, slot in self.storage.slots(item, layout, parameter).items()
+        }
 
     @property
     def elementwise(self) -> bool:
@@ -234,7 +269,7 @@ class Composition:
 
         Tensors may then be cut anywhere.
         """
-        whole = self.finder is None and self.normaliser is None and self.activity is None
+        whole = self.finder is None and self.normaliser is None
         return (
             whole
             and self.inner.elementwise
@@ -249,8 +284,44 @@ class Composition:
         Products with a dense basis spread it; chosen coordinates may miss it, and a normaliser or
         an error buffer has taken it up by then.
         """
-        dense = self.finder is not None and self.finder.form != "coordinates"
-        return dense and self.normaliser is None and not isinstance(self.remainder, ErrorFeedback)
+        dense = self.finder is not None and self.finder.form in ("dense", "seeded")
+        return (
+            dense
+            and not self.complement
+            and self.normaliser is None
+            and not isinstance(self.remainder, ErrorFeedback)
+        )
+
+    def codecs(self, layout: Layout) -> dict[str, tuple[Codec, StateDeclaration]]:
+        """The states of a parameter that are held in few bits, by name."""
+        if not self.storage.low_bit:
+            return {}
+        pairs = ((self.storage.codec(item), item) for item in self.declarations(layout))
+        return {item.name: (codec, item) for codec, item in pairs if codec is not None}
+
+    def stored_as(self, storage: Storage) -> Composition:
+        """The same parts with their states held in other formats.
+
+        Raises:
+            ValueError: if a format cannot hold what a part keeps.
+        """
+        finder, basis = self.finder, storage.format("basis").name
+        if basis == "seed":
+            finder = None if finder is None else finder.seeded()
+            if finder is None:
+                raise ValueError(
+                    "storage='seed' cannot hold a basis of "
+                    + ("a method without a finder" if self.finder is None else _name(self.finder))
+                    + ": only random bases are determined by a seed"
+                )
+        elif finder is not None and finder.form == "coordinates" and storage.explicit("basis"):
+            if basis.startswith("int"):
+                raise ValueError(
+                    f"storage={basis!r} cannot hold a basis of {_name(finder)}: it keeps indices"
+                )
+        idle = None if self.idle is None else self.idle.stored_as(storage)
+        tensors = None if self.tensors is None else self.tensors.stored_as(storage)
+        return replace(self, storage=storage, finder=finder, idle=idle, tensors=tensors)
 
     @property
     def reads_momentum_loss(self) -> bool:
@@ -263,7 +334,17 @@ class Composition:
         for item in fields(self):
             value: Any = getattr(self, item.name)
             idle = isinstance(value, (Discard, Storage)) or value is None
-            numeric = item.name in ("rank", "proj_type", "tie", "lr_scale")
+            numeric = item.name in (
+                "normalises_all",
+                "tensors_above",
+                "modes",
+                "rank",
+                "proj_type",
+                "tie",
+                "lr_scale",
+                "gain",
+                "complement",
+            )
             if not idle and not numeric and not (item.name == "plain" and value == self.inner):
                 shown[item.name] = repr(value)
         if self.finder is None:

@@ -16,22 +16,27 @@ from torch import Tensor
 
 from subspan.optim import checkpoint, listing
 from subspan.optim.apply import apply_update, root_mean_square
-from subspan.optim.bucket import FIND, Bucket
+from subspan.optim.bucket import FIND, FOLLOW, Bucket
 from subspan.optim.collect import (
+    assignments,
+    buckets,
     check_bucket,
     checked_in_bucket,
     gradients_are_usable,
-    plain_buckets,
-    projected_buckets,
-    split_by_activity,
 )
 from subspan.optim.composition import Composition
-from subspan.optim.groups import check_parameters, is_projected, lay_out, unique
-from subspan.optim.parts.output import MomentumLoss, Scene, Stateless, Update
+from subspan.optim.groups import (
+    check_exactness,
+    check_parameters,
+    is_projected,
+    lay_out,
+    set_frozen,
+    unique,
+)
+from subspan.optim.parts.output import MomentumLoss, Scene, Update
 from subspan.optim.parts.workspace import Workspace
 from subspan.subspaces.bases import Dense, Subspace
 from subspan.subspaces.finders import Sight
-from subspan.subspaces.geometry import captured_energy
 from subspan.subspaces.layout import Layout
 
 if TYPE_CHECKING:
@@ -76,6 +81,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self.recipe.check_options(options)
         self.skipped_steps = 0
         self._layouts: dict[Tensor, Layout] = {}
+        self._idle_layouts: dict[Tensor, Layout] = {}
+        self._places: dict[Tensor, tuple[int, int]] = {}
+        self._homes: dict[Tensor, tuple[torch.device, torch.dtype]] = {}
         self._positions: dict[Tensor, int] = {}
         self._compositions: list[tuple[list[Any], Composition]] = []
         super().__init__(params, {**self.recipe.defaults, **options})
@@ -95,19 +103,11 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             param_group["project"] = True  # a group that sets a rank of its own means all of it
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        group["steps"] = 0
         try:
             self.recipe.check_group(group)
             composition = self.recipe.compose(group)
-            names = group.get("param_names") or [None] * len(group["params"])
-            for parameter, name in zip(group["params"], names, strict=True):
-                index = len(self._layouts)
-                projected = is_projected(group, composition, parameter, name)
-                self._layouts[parameter] = lay_out(
-                    group, composition, parameter, name or str(index), index, projected
-                )
-                self._positions[parameter] = len(self._compositions)
-            if composition.activity is not None:
-                composition.activity.check(len(self.projected(group)))
+            self._lay_out(group, composition)
         except Exception:
             self.param_groups.pop()
             for parameter in group["params"]:
@@ -116,13 +116,57 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             raise
         self._compositions.append((self._snapshot(group), composition))
 
+    def _lay_out(self, group: dict[str, Any], composition: Composition) -> None:
+        """Decide how every parameter of a new group is seen."""
+        names = group.get("param_names") or [None] * len(group["params"])
+        for parameter, name in zip(group["params"], names, strict=True):
+            index = len(self._layouts)
+            projected = is_projected(group, composition, parameter, name)
+            arguments = (parameter, name or str(index), index, projected)
+            self._layouts[parameter] = lay_out(group, composition, *arguments)
+            if composition.idle is not None:
+                self._idle_layouts[parameter] = lay_out(group, composition.idle, *arguments)
+            self._homes[parameter] = (parameter.device, parameter.dtype)
+            self._positions[parameter] = len(self._compositions)
+            check_exactness(composition, self._layouts[parameter], parameter)
+        everyone = self.projected(group)
+        self._places.update((p, (i, len(everyone))) for i, p in enumerate(everyone))
+        if composition.activity is not None:
+            composition.activity.check([self._layouts[parameter] for parameter in everyone])
+
     def projected(self, group: dict[str, Any]) -> list[Tensor]:
         """The parameters of a group to which the recipe's subspace or activity applies."""
         return [parameter for parameter in group["params"] if self._layouts[parameter].projected]
 
     def layout_of(self, parameter: Tensor) -> Layout:
         """How a parameter is seen: side, rank, shapes."""
-        return self._layouts[parameter]
+        return self.layout_in(parameter, self._is_active(parameter))
+
+    def layout_in(self, parameter: Tensor, active: bool) -> Layout:
+        """The same for a period in which it is active, or is not."""
+        layouts = self._layouts if active else self._idle_layouts
+        return layouts.get(parameter, self._layouts[parameter])
+
+    def place_of(self, parameter: Tensor) -> tuple[int, int]:
+        """Position of a projected parameter among those of its group, and their number."""
+        return self._places[parameter]
+
+    def check_home(self, parameter: Tensor) -> None:
+        """Refuse a parameter that has moved since the optimizer was built.
+
+        Raises:
+            RuntimeError: naming the parameter and both places.
+        """
+        home, now = self._homes[parameter], (parameter.device, parameter.dtype)
+        if home != now:
+            raise RuntimeError(
+                f"parameter {self._layouts[parameter].name!r} was on {home[0]} as {home[1]} when "
+                f"the optimizer was built and is on {now[0]} as {now[1]} now: move the model first "
+                "and build the optimizer afterwards"
+            )
+
+    def _is_active(self, parameter: Tensor) -> bool:
+        return bool(self.state[parameter].get("active", 1)) if parameter in self.state else True
 
     def _snapshot(self, group: dict[str, Any]) -> list[Any]:
         return [group[name] for name in self.recipe.structure]
@@ -159,10 +203,17 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self._compositions[position] = (current, new)
         return new
 
-    def parts_of(self, parameter: Tensor) -> Composition:
-        """The composition that updates a parameter."""
-        composition = self.composition(self._positions[parameter])
-        return composition.parts_for(self._layouts[parameter])
+    def parts_of(self, parameter: Tensor) -> Composition | None:
+        """The composition that updates a parameter; None while it rests."""
+        return self.parts_in(parameter, self._is_active(parameter))
+
+    def parts_in(self, parameter: Tensor, active: bool) -> Composition | None:
+        """The same for a period in which it is active, or is not."""
+        composition: Composition | None = self.composition(self._positions[parameter])
+        assert composition is not None
+        if not active:
+            composition = composition.idle
+        return None if composition is None else composition.parts_for(self._layouts[parameter])
 
     # ------------------------------------------------------------------ the step
 
@@ -187,21 +238,41 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        compositions = [self.composition(position) for position in range(len(self.param_groups))]
-        if not gradients_are_usable(self, compositions):
+        self._take_step([p for group in self.param_groups for p in group["params"]])
+        return loss
+
+    def _take_step(self, parameters: Iterable[Tensor]) -> None:
+        """One step of all of the given parameters that have a gradient."""
+        ready: list[list[Tensor]] = [[] for _ in self.param_groups]
+        for parameter in parameters:
+            if parameter.grad is not None:
+                ready[self._positions[parameter]].append(parameter)
+        plan = [
+            (group, self.composition(position), ready[position])
+            for position, group in enumerate(self.param_groups)
+            if ready[position]
+        ]
+        if not gradients_are_usable(self, plan):
             self.skipped_steps += 1
-            return loss
+            return
         work = Workspace()
         largest = max((layout.natural_size for layout in self._layouts.values()), default=0)
-        for group, parts in zip(self.param_groups, compositions, strict=True):
-            for bucket, plain in plain_buckets(self, group, parts):
-                self._update(bucket, plain, group, work)
-            active, idle = split_by_activity(self, group, parts)
-            for bucket in projected_buckets(self, active, group, parts, largest):
-                self._update(bucket, parts, group, work)
-            for bucket in projected_buckets(self, idle, group, parts, largest):
-                self._update_idle(bucket, parts, group, work)
-        return loss
+        for group, composition, members in plan:
+            for parts, own in assignments(self, group, composition, members):
+                for bucket in buckets(self, own, group, parts, largest):
+                    self._update(bucket, parts, group, work)
+        for group, composition, members in plan:
+            self._conclude(group, composition, members)
+
+    def _conclude(
+        self, group: dict[str, Any], composition: Composition, members: list[Tensor]
+    ) -> None:
+        """What follows a step of a whole group."""
+        group["steps"] += 1
+        if composition.inner.concludes:
+            composition.inner.conclude([self.state[parameter] for parameter in members])
+        if composition.activity is not None and composition.activity.freezes:
+            set_frozen(self, group, composition.activity)
 
     def _update(
         self, bucket: Bucket, parts: Composition, group: dict[str, Any], work: Workspace
@@ -213,8 +284,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         state = bucket.load()
         lr = self._learning_rate(group, parts, weight)
         rate = 1.0 if parts.clip_rms is not None else lr * parts.lr_scale
-        if parts.normaliser is not None:
-            gradient = parts.normaliser.normalise(gradient, state, bucket.step, work)
+        normaliser = parts.normaliser
+        if normaliser is not None and not normaliser.after:
+            gradient = normaliser.normalise(gradient, state, bucket.step, work)
         if "error" in state:
             out = gradient if bucket.owns(gradient) else work.like(gradient)
             gradient = torch.add(gradient, state["error"], out=out)
@@ -232,12 +304,16 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 *gradient.shape[: gradient.dim() - len(bucket.layout.view)],
                 *bucket.layout.coordinates,
             )
-            coordinates = subspace.project(
-                gradient, out=work.take(shape, gradient.dtype, gradient.device)
-            )
+            if parts.complement:
+                coordinates, subspace = subspace.residual(gradient), None
+            else:
+                out = work.take(shape, gradient.dtype, gradient.device)
+                coordinates = subspace.project(gradient, out=out)
             if late and not bucket.due:
                 check_bucket(bucket, coordinates)
 
+        if parts.gain != 1.0:
+            coordinates = coordinates * parts.gain
         direction = parts.inner.update(coordinates, state, bucket.age, rate, work)
         update = Update(direction.value, direction.step)
         if subspace is not None:
@@ -254,8 +330,13 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 work,
             )
             update = parts.output.form(scene, parts.remainder)
+        if normaliser is not None and normaliser.after:
+            update.divisor = normaliser.divisor(gradient, state, bucket.step)
         apply_update(weight, update, gradient, subspace, lr, group["weight_decay"], parts, work)
 
+        if subspace is not None and parts.finder is not None and parts.finder.follows:
+            self._follow(bucket, parts, group, gradient, state, subspace)
+            refreshed = True
         stochastic = group["stochastic_rounding"]
         bucket.write_weights(weight, group["seed"], stochastic)
         bucket.commit(state, bases=refreshed, seed=group["seed"], stochastic=stochastic)
@@ -278,7 +359,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         previous = None if first else finder.unpack(state, layout, gradient.dtype, gradient.device)
         due = bucket.due
         if previous is not None and not due:
-            due = parts.refresh.drifted(gradient, previous, state.get("captured"), bucket.step)
+            due = parts.refresh.drifted(gradient, previous, state, bucket.step)
         if previous is not None and (not due or bucket.blank):
             return previous, None, False
 
@@ -302,12 +383,43 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             self._transport(bucket, parts, state, previous, found)
             if before is not None and moment is not None:
                 loss = MomentumLoss(previous, before, found, state[moment].clone())
-        for name, value in finder.pack(found).items():
-            state[name] = value
-        if "captured" in state:
-            state["captured"].copy_(captured_energy(gradient, found))
+        parts.refresh.found(gradient, previous, found, state)
+        found = self._store(bucket, parts, state, found)
         state["refreshed"] = [0 if bucket.blank else bucket.step] * len(bucket.states)
         return found, loss, True
+
+    def _store(
+        self, bucket: Bucket, parts: Composition, state: dict[str, Any], found: Subspace
+    ) -> Subspace:
+        """Put a subspace into the state; what comes back is it as the state holds it."""
+        finder = parts.finder
+        assert finder is not None
+        lossy = False
+        for name, value in finder.pack(found).items():
+            state[name] = value
+            if name in bucket.codecs:
+                bucket.keep(name, value)
+                state[name], lossy = bucket.read(name), True
+        if not lossy:
+            return found
+        return finder.unpack(state, bucket.layout, bucket.dtype, bucket.device)
+
+    def _follow(
+        self,
+        bucket: Bucket,
+        parts: Composition,
+        group: dict[str, Any],
+        gradient: Tensor,
+        state: dict[str, Any],
+        subspace: Subspace,
+    ) -> None:
+        """Let a finder that moves with every step take its own."""
+        finder, seeds = parts.finder, bucket.seeds(group["seed"], FOLLOW)
+        assert finder is not None
+        ratio = float(group["lr"]) / float(group.get("initial_lr", group["lr"]) or 1.0)
+        layouts, step = bucket.layouts, bucket.step
+        sight = Sight(gradient, bucket.layout, layouts, subspace, None, seeds, state, step, ratio)
+        self._store(bucket, parts, state, finder.follow(sight))
 
     def _transport(
         self,
@@ -327,22 +439,6 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             side = bucket.layout.side
             assert side is not None
             parts.transport.apply(parts.inner, state, change, side, bucket.age - 1)
-
-    def _update_idle(
-        self, bucket: Bucket, parts: Composition, group: dict[str, Any], work: Workspace
-    ) -> None:
-        """The step of tensors that are idle in this period: the stateless rule on all of it."""
-        work.release()
-        gradient = bucket.gather(bucket.gradients, work)
-        weight = bucket.gather(bucket.weights, work)
-        lr = self._learning_rate(group, parts, weight)
-        update = Update()
-        if isinstance(parts.remainder, Stateless):
-            update = parts.remainder.idle(gradient, lr * parts.lr_scale, work)
-        apply_update(weight, update, gradient, None, lr, group["weight_decay"], parts, work)
-        bucket.write_weights(weight, group["seed"], group["stochastic_rounding"])
-        for stored in bucket.states:
-            stored["step"] = bucket.step
 
     def _learning_rate(
         self, group: dict[str, Any], parts: Composition, weight: Tensor
@@ -377,5 +473,13 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickling and deep copies."""
-        kept = ("skipped_steps", "_layouts", "_positions", "_compositions")
+        kept = (
+            "skipped_steps",
+            "_layouts",
+            "_idle_layouts",
+            "_places",
+            "_homes",
+            "_positions",
+            "_compositions",
+        )
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}

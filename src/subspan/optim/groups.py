@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from subspan.optim.bucket import is_quantised
 from subspan.optim.composition import Composition
+from subspan.optim.parts.activity import Activity
 from subspan.optim.selection import is_projected_by_name
-from subspan.subspaces.layout import Layout, matrix_view, projection_side, resolve_rank
+from subspan.subspaces.layout import (
+    Layout,
+    matrix_view,
+    mode_ranks,
+    projection_side,
+    resolve_rank,
+)
+
+if TYPE_CHECKING:
+    from subspan.optim.engine import SubspaceOptimizer
 
 
 def unique(parameters: Any) -> list[Any]:
@@ -57,9 +69,16 @@ def is_projected(
     Raises:
         ValueError: if the group asks for a complex tensor to be projected.
     """
-    has_subspace = composition.finder is not None or composition.activity is not None
     unwanted = group["project"] is False or group.get("rank", 0) is None
-    if not has_subspace or unwanted or parameter.dim() < 2 or parameter.numel() == 0:
+    if not composition.selective or unwanted or parameter.numel() == 0:
+        return False
+    if composition.activity is not None and composition.activity.takes_all:
+        return not parameter.is_complex()
+    if parameter.dim() < 2 or (
+        parameter.dim() > 2
+        and composition.tensors is not None
+        and parameter.numel() <= composition.tensors_above
+    ):
         return False
     if not group["project"] and name is not None and not is_projected_by_name(name):
         return False
@@ -82,17 +101,46 @@ def lay_out(
     """The layout of a parameter under a group's composition."""
     shape = torch.view_as_real(parameter).shape if parameter.is_complex() else parameter.shape
     natural = tuple(shape)
-    if not projected:
-        plain = Layout(index, name, natural, natural)
-        if composition.parts_for(plain).elementwise:
-            return plain
-        view = matrix_view(natural, stacked=group["stacked"]) if natural else (1,)
-        return Layout(index, name, natural, view)
-    view = matrix_view(natural, stacked=group["stacked"])
-    if composition.finder is None:
-        return Layout(index, name, natural, view, projected=True)
+    plain = Layout(index, name, natural, natural, projected=projected)
+    parts = composition.parts_for(plain)
+    if parts.elementwise:
+        return plain
+    if parts.proj_type == "tucker" and projected:
+        ranks = mode_ranks(natural, parts.rank, parts.modes)
+        return replace(plain, side="modes", mode_ranks=ranks)
+    view = matrix_view(natural, stacked=group["stacked"]) if natural else (1,)
+    if not projected or parts.finder is None:
+        return replace(plain, view=view)
     m, n = view[-2:]
-    side = projection_side(m, n, composition.proj_type, composition.tie)
-    chosen = composition.finder.form == "coordinates"
-    rank = resolve_rank(m, n, side, composition.rank, coordinates=chosen)
-    return Layout(index, name, natural, view, side, rank, projected=True)
+    side = projection_side(m, n, parts.proj_type, parts.tie)
+    chosen = parts.finder.form == "coordinates"
+    rank = resolve_rank(m, n, side, parts.rank, coordinates=chosen)
+    return replace(plain, view=view, side=side, rank=rank, complement=parts.complement)
+
+
+def check_exactness(composition: Composition, layout: Layout, parameter: Tensor) -> None:
+    """Refuse weights held in int8 where an optimizer needs them exactly.
+
+    Raises:
+        ValueError: naming the parameter and the part.
+    """
+    parts = composition.parts_for(layout)
+    if is_quantised(parameter) and parts.inner.needs_exact_weights:
+        raise ValueError(
+            f"parameter {layout.name!r} is held in int8, but {type(parts.inner).__name__} needs "
+            "exact weights: use `subspan.layers.dequantise_linear`, or another method"
+        )
+
+
+def set_frozen(optimizer: SubspaceOptimizer, group: dict[str, Any], activity: Activity) -> None:
+    """Turn `requires_grad` off for the parameters that rest in the coming step, and on for others.
+
+    Resting parameters lose their gradient, too.
+    """
+    everyone = optimizer.projected(group)
+    layouts = [optimizer.layout_of(parameter) for parameter in everyone]
+    active = activity.active(activity.period(group["steps"]), layouts)
+    for position, parameter in enumerate(everyone):
+        parameter.requires_grad_(position in active)
+        if position not in active:
+            parameter.grad = None

@@ -18,12 +18,13 @@ def state_bytes(optimizer: SubspaceOptimizer) -> dict[str, int]:
     """
     sizes: dict[str, int] = {}
     for parameter, state in optimizer.state.items():
-        declared = optimizer.parts_of(parameter).declarations(optimizer.layout_of(parameter))
-        kinds = {item.name: item.kind for item in declared}
+        layout, parts = optimizer.layout_of(parameter), optimizer.parts_of(parameter)
+        slots = parts.slots(layout, parameter.dtype) if parts else {}
         for name, value in state.items():
             if isinstance(value, Tensor):
                 size = value.numel() * value.element_size()
-                sizes[kinds[name]] = sizes.get(kinds[name], 0) + size
+                kind = slots[name][0]
+                sizes[kind] = sizes.get(kind, 0) + size
     return {**sizes, "total": sum(sizes.values())}
 
 
@@ -34,9 +35,9 @@ def declared_bytes(optimizer: SubspaceOptimizer, parameter: Tensor) -> dict[str,
     """
     layout, parts = optimizer.layout_of(parameter), optimizer.parts_of(parameter)
     sizes: dict[str, int] = {}
-    for item in parts.declarations(layout):
-        itemsize = parts.storage.dtype(item, parameter.dtype).itemsize
-        sizes[item.kind] = sizes.get(item.kind, 0) + math.prod(layout.shape(item.shape)) * itemsize
+    slots = parts.slots(layout, parameter.dtype) if parts else {}
+    for kind, (shape, dtype) in slots.values():
+        sizes[kind] = sizes.get(kind, 0) + math.prod(shape) * dtype.itemsize
     return sizes
 
 

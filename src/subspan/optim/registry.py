@@ -18,6 +18,7 @@ from typing import Any
 from subspan.optim.composition import Composition
 from subspan.optim.engine import Parameters, SubspaceOptimizer
 from subspan.optim.parts.inner import check_non_negative
+from subspan.optim.parts.refresh import resolve_refresh
 from subspan.optim.parts.storage import Storage
 from subspan.subspaces.layout import check_rank
 
@@ -25,6 +26,7 @@ from subspan.subspaces.layout import check_rank
 ENGINE_OPTIONS: dict[str, Any] = {
     "project": None,
     "stacked": False,
+    "refresh": None,
     "storage": "parameter",
     "stochastic_rounding": True,
     "nonfinite": "raise",
@@ -62,7 +64,7 @@ class Recipe:
     @property
     def structure(self) -> tuple[str, ...]:
         """The hyper-parameters from which the composition is made."""
-        return (*self.own, "storage")
+        return (*self.own, "storage", "refresh")
 
     @property
     def summary(self) -> str:
@@ -114,7 +116,14 @@ class Recipe:
         for name, value in arguments.items():
             # Checkpoints through JSON or YAML bring lists.
             arguments[name] = tuple(value) if isinstance(value, list) else value
-        return replace(self.function(**arguments), storage=Storage.parse(group["storage"]))
+        made = self.function(**arguments)
+        if group["refresh"] is not None:
+            if made.finder is None:
+                raise ValueError(
+                    f"refresh={group['refresh']!r}: {self.title} has no subspace to refresh"
+                )
+            made = replace(made, refresh=resolve_refresh(group["refresh"], made.refresh))
+        return made.stored_as(Storage.parse(group["storage"]))
 
 
 _RECIPES: dict[str, Recipe] = {}
@@ -128,6 +137,7 @@ def recipe(
     memory: str,
     evidence: tuple[str, ...],
     weight_decay: float = 0.0,
+    storage: str | Mapping[str, str] = "parameter",
     departures: tuple[str, ...] = (),
 ) -> Callable[[Callable[..., Composition]], type[SubspaceOptimizer]]:
     """Register a recipe function and turn it into an optimizer class of the same name.
@@ -139,6 +149,7 @@ def recipe(
         memory: see `Recipe`.
         evidence: see `Recipe`.
         weight_decay: default weight decay.
+        storage: default formats of the state.
         departures: see `Recipe`.
     """
 
@@ -146,6 +157,7 @@ def recipe(
         own = inspect.signature(function).parameters
         defaults: dict[str, Any] = {"method": name, "lr": lr, "weight_decay": weight_decay}
         defaults |= {key: parameter.default for key, parameter in own.items()} | ENGINE_OPTIONS
+        defaults["storage"] = storage
         entry = Recipe(
             name,
             function.__name__,

@@ -14,9 +14,10 @@ from subspan import linalg
 from subspan.subspaces.bases import Coordinates, Dense, Entries, Subspace, TwoSided
 from subspan.subspaces.geometry import align_signs
 from subspan.subspaces.layout import Layout, StateDeclaration
+from subspan.subspaces.tucker import Tucker
 
 State = dict[str, Any]
-Form = Literal["dense", "gaussian", "seeded", "coordinates"]
+Form = Literal["dense", "seeded", "coordinates", "modes"]
 OneSide = Literal["left", "right"]
 
 
@@ -34,6 +35,8 @@ class Sight:
         seeds: one seed per parameter, different at every refresh.
         state: the stored values of the bucket ("seed" as a list with one entry per parameter).
         step: the parameter's step, 1-based.
+        lr_ratio: the learning rate now as a share of the first one, for finders with steps of their
+            own.
     """
 
     gradient: Tensor
@@ -44,6 +47,12 @@ class Sight:
     seeds: Sequence[int]
     state: State
     step: int
+    lr_ratio: float = 1.0
+
+    def stacked(self, values: Sequence[Tensor]) -> Tensor:
+        """One tensor per parameter as the batch that the gradient is; alone, the tensor itself."""
+        single = self.gradient.dim() == len(self.layout.view)
+        return (values[0] if single else torch.stack(list(values))).to(self.gradient.device)
 
     def draw(self, sample: Callable[[int], Tensor]) -> Tensor:
         """Call `sample(seed)` for every matrix; stacked to the gradient's leading dimensions."""
@@ -61,17 +70,36 @@ def matrix_seeds(seeds: Sequence[int], layout: Layout) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Finder:
-    """Base of all finders. Subclasses set the class attributes and implement `find`."""
+    """Base of all finders. Subclasses set the class attributes and implement `find`.
+
+    - form: how the basis is held: "dense" columns, a "seed", chosen "coordinates" or one factor per
+      mode ("modes").
+    - orthonormal: whether the columns are.
+    - reads_gradient, reads_momentum: what `find` needs in its `Sight`.
+    - supports_both_sides: whether it serves proj_type="full".
+    - draws_from_seed: the parameter has a seed of its own, in `state["seed"]`.
+    - follows: `follow` is called at the end of every step and moves the subspace.
+    """
 
     form = "dense"
+    orthonormal = True
     reads_gradient = True
     reads_momentum = False
     supports_both_sides = True
     draws_from_seed = False
+    follows = False
 
     def find(self, sight: Sight) -> Subspace:
         """The new subspace for the bucket that `sight` shows."""
         raise TypeError(f"{type(self).__name__} does not define find()")
+
+    def follow(self, sight: Sight) -> Subspace:
+        """The subspace from the next step on; `sight.previous` is the one of this step."""
+        raise TypeError(f"{type(self).__name__} does not define follow()")
+
+    def seeded(self) -> Finder | None:
+        """The same finder with its basis regenerated from a seed; None if it depends on more."""
+        return None
 
     def declare(self, layout: Layout) -> tuple[StateDeclaration, ...]:
         """The state that holds this finder's basis for a parameter of that layout."""
@@ -80,6 +108,13 @@ class Finder:
         if self.form == "coordinates":
             # Entry numbers of one matrix fit in 31 bits; int32 halves what rand-K has to remember.
             return (StateDeclaration("index", "basis", "index", dtype=torch.int32),)
+        if self.form == "modes":
+            sizes = zip(layout.view, layout.mode_ranks, strict=True)
+            return tuple(
+                StateDeclaration(f"factor_{mode}", "basis", (size, rank))
+                for mode, (size, rank) in enumerate(sizes)
+                if rank is not None
+            )
         if layout.side == "both":
             return (
                 StateDeclaration("basis_left", "basis", "basis_left"),
@@ -93,6 +128,9 @@ class Finder:
             return {}
         if isinstance(subspace, Coordinates | Entries):
             return {"index": subspace.index}
+        if isinstance(subspace, Tucker):
+            factors = enumerate(subspace.factors)
+            return {f"factor_{mode}": f for mode, f in factors if f is not None}
         if isinstance(subspace, TwoSided):
             return {"basis_left": subspace.left, "basis_right": subspace.right}
         if isinstance(subspace, Dense):
@@ -111,9 +149,12 @@ class Finder:
             if side == "entries":
                 return Entries(index, layout.matrix)
             return Coordinates(layout.one_side, index, layout.side_size)
+        if side == "modes":
+            modes = range(len(layout.view))
+            return Tucker(tuple(state.get(f"factor_{mode}") for mode in modes), self.orthonormal)
         if side == "both":
-            return TwoSided(state["basis_left"], state["basis_right"])
-        return Dense(layout.one_side, state["basis"], orthonormal=self.form == "dense")
+            return TwoSided(state["basis_left"], state["basis_right"], self.orthonormal)
+        return Dense(layout.one_side, state["basis"], self.orthonormal)
 
     def _seeded(
         self, seeds: Sequence[int], layout: Layout, dtype: torch.dtype, device: torch.device

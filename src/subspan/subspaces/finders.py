@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from subspan.subspaces.bases import (
 )
 from subspan.subspaces.finder import Finder, Form, OneSide, Sight, matrix_seeds
 from subspan.subspaces.layout import Layout
+from subspan.subspaces.tucker import Tucker
 
 __all__ = [
     "FINDERS",
@@ -169,20 +170,52 @@ class WarmPowerIteration(Finder):
 
 @dataclass(frozen=True)
 class RandomOrthogonal(Finder):
-    """A fresh random orthonormal basis at every refresh."""
+    """A fresh random orthonormal basis at every refresh.
 
+    Args:
+        stored: keep the basis between refreshes; otherwise it is drawn again at every step.
+    """
+
+    stored: bool = True
     reads_gradient = False
 
+    @property
+    def form(self) -> Form:  # type: ignore[override]
+        """ "dense" if the basis is stored, else "seeded"."""
+        return "dense" if self.stored else "seeded"
+
+    @property
+    def draws_from_seed(self) -> bool:  # type: ignore[override]
+        """The seed of the basis in force is what is stored, if it is not."""
+        return not self.stored
+
+    def seeded(self) -> Finder:
+        """See `Finder.seeded`."""
+        return replace(self, stored=False)
+
     def find(self, sight: Sight) -> Subspace:
-        rank, dtype = sight.layout.rank, sight.gradient.dtype
+        if not self.stored:
+            sight.state["seed"] = list(sight.seeds)
+        layout, like = sight.layout, sight.gradient
+        return self._seeded(sight.seeds, layout, like.dtype, like.device)
 
+    def _seeded(
+        self, seeds: Sequence[int], layout: Layout, dtype: torch.dtype, device: torch.device
+    ) -> Subspace:
         def sample(size: int) -> Tensor:
-            return sight.draw(lambda seed: linalg.random_orthogonal(seed, size, rank, dtype=dtype))
+            drawn = [
+                linalg.random_orthogonal(seed, size, layout.rank, dtype=dtype, device=device)
+                for seed in matrix_seeds(seeds, layout)
+            ]
+            lead = layout.view[:-2]
+            if len(seeds) == 1:
+                return drawn[0] if not lead else torch.stack(drawn).view(*lead, size, layout.rank)
+            return torch.stack(drawn).view(len(seeds), *lead, size, layout.rank)
 
-        if sight.layout.side == "both":
-            m, n = sight.layout.matrix
+        if layout.side == "both":
+            m, n = layout.matrix
             return TwoSided(sample(m), sample(n))
-        return Dense(sight.layout.one_side, sample(sight.layout.side_size))
+        return Dense(layout.one_side, sample(layout.side_size))
 
 
 @dataclass(frozen=True)
@@ -220,14 +253,19 @@ class SeededGaussian(Finder):
 
     split: bool = False
     stored: bool = False
+    orthonormal = False
     draws_from_seed = True
     reads_gradient = False
     supports_both_sides = False
 
     @property
     def form(self) -> Form:  # type: ignore[override]
-        """ "gaussian" if the basis is stored, else "seeded"."""
-        return "gaussian" if self.stored else "seeded"
+        """ "dense" if the basis is stored, else "seeded"."""
+        return "dense" if self.stored else "seeded"
+
+    def seeded(self) -> Finder:
+        """See `Finder.seeded`."""
+        return replace(self, stored=False)
 
     def find(self, sight: Sight) -> Subspace:
         seeds = list(sight.state["seed"])
@@ -270,7 +308,8 @@ class Replay(Finder):
 
     Args:
         bases: `{parameter name or position: {step: basis}}`. A basis is a `(d, r)` matrix or its
-            transpose, a pair of them for both sides, an index vector for chosen coordinates, or a
+            transpose, a pair of them for both sides, a sequence of factors for the leading modes,
+            an index vector for chosen coordinates, or a
             pair (rows, columns) of index vectors for chosen entries. The latest recorded step not
             after the current one counts.
         like: the finder whose form of basis is replayed; recipes fill in their own.
@@ -287,16 +326,17 @@ class Replay(Finder):
     def form(self) -> Form:  # type: ignore[override]
         """The replayed finder's form; a seeded basis has to be stored to be replayed."""
         form = "dense" if self.like is None else self.like.form
-        return "gaussian" if form == "seeded" else form  # type: ignore[return-value]
+        return "dense" if form == "seeded" else form  # type: ignore[return-value]
+
+    @property
+    def orthonormal(self) -> bool:  # type: ignore[override]
+        """Whether the replayed finder's bases are."""
+        return self.like is None or self.like.orthonormal
 
     def find(self, sight: Sight) -> Subspace:
         recorded = [self._recorded(layout, sight.step) for layout in sight.layouts]
-        layout = sight.layout
+        layout, stacked = sight.layout, sight.stacked
         m, n = layout.matrix
-
-        def stacked(values: list[Tensor]) -> Tensor:
-            single = sight.gradient.dim() == len(layout.view)
-            return (values[0] if single else torch.stack(values)).to(sight.gradient.device)
 
         def columns(values: list[Any], d: int) -> Tensor:
             turned = [value if value.shape[-2] == d else value.mT for value in values]
@@ -304,13 +344,18 @@ class Replay(Finder):
 
         if layout.side == "entries":
             return Entries(stacked([row.long() * n + col.long() for row, col in recorded]), (m, n))
+        if layout.side == "modes":
+            count = len(layout.view) - len(recorded[0])
+            modes = zip(*recorded, strict=True)
+            factors = (stacked([f.to(sight.gradient.dtype) for f in mode]) for mode in modes)
+            return Tucker((*factors, *[None] * count), self.orthonormal)
         if layout.side == "both":
             left, right = zip(*recorded, strict=True)
             return TwoSided(columns(list(left), m), columns(list(right), n))
         side, size = layout.one_side, layout.side_size
         if self.form == "coordinates":
             return Coordinates(side, stacked([value.long() for value in recorded]), size)
-        return Dense(side, columns(recorded, size), orthonormal=self.form == "dense")
+        return Dense(side, columns(recorded, size), self.orthonormal)
 
     def _recorded(self, layout: Layout, step: int) -> Any:
         key = layout.name if layout.name in self.bases else layout.index

@@ -137,8 +137,10 @@ def captured_energy(x: Tensor, subspace: Subspace) -> Tensor:
         subspace = Dense(subspace.side, orthonormalise(subspace.dense()))
     c = subspace.project(x)
     # Norms in float64: squares of tiny gradients underflow in float32.
-    whole = torch.linalg.vector_norm(x, dim=(-2, -1), dtype=torch.float64)
-    dims = tuple(range(-len(subspace.coordinate_shape(*x.shape[-2:])), 0))
+    modes = len(getattr(subspace, "factors", (0, 0)))  # a Tucker subspace has one per dimension
+    every = tuple(range(-modes, 0))
+    whole = torch.linalg.vector_norm(x, dim=every, dtype=torch.float64)
+    dims = tuple(range(-len(subspace.coordinate_shape(*x.shape[-modes:])), 0))
     inside = torch.linalg.vector_norm(c, dim=dims, dtype=torch.float64)
     share = torch.where(whole > 0, inside / whole, 1.0).square()
     return share.clamp(max=1.0).to(c.dtype)

@@ -18,10 +18,11 @@ from typing import Literal
 
 import torch
 
-Side = Literal["left", "right", "both", "entries"]
+Side = Literal["left", "right", "both", "entries", "modes"]
 Kind = Literal["first_moment", "second_moment", "basis", "error", "scalar"]
 
-PROJECTION_TYPES = ("std", "reverse_std", "left", "right", "full", "entries")
+PROJECTION_TYPES = ("std", "reverse_std", "left", "right", "full", "entries", "tucker")
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class StateDeclaration:
     Args:
         name: key in `optimizer.state[parameter]`.
         kind: what it is; chooses the storage format.
-        shape: rule of `Layout.shape`.
+        shape: rule of `Layout.shape`, or the shape itself.
         fill: initial value; "parameter" copies the weight (only for the coordinates of unprojected
             tensors).
         dtype: "storage" (the format chosen for its kind) or a fixed torch dtype.
@@ -39,7 +40,7 @@ class StateDeclaration:
 
     name: str
     kind: Kind
-    shape: str = "coordinates"
+    shape: str | Shape = "coordinates"
     fill: float | Literal["parameter"] = 0.0
     dtype: torch.dtype | Literal["storage"] = "storage"
 
@@ -57,6 +58,9 @@ class Layout:
         rank: dimension of the subspace on each projected side (for "entries": number of entries); 0
             if None.
         projected: whether the recipe's subspace or activity applies to the parameter.
+        mode_ranks: rank of every mode of a higher-order weight (side "modes"); None leaves a mode
+            whole.
+        complement: the coordinates are what lies outside the subspace, in full size.
     """
 
     index: int
@@ -66,6 +70,8 @@ class Layout:
     side: Side | None = None
     rank: int = 0
     projected: bool = False
+    mode_ranks: tuple[int | None, ...] = ()
+    complement: bool = False
 
     @property
     def natural_size(self) -> int:
@@ -101,8 +107,11 @@ class Layout:
     @property
     def coordinates(self) -> tuple[int, ...]:
         """Shape of what the inner optimizer sees."""
-        if self.side is None:
+        if self.side is None or self.complement:
             return self.view
+        if self.side == "modes":
+            pairs = zip(self.view, self.mode_ranks, strict=True)
+            return tuple(size if rank is None else rank for size, rank in pairs)
         *lead, m, n = self.view
         r = self.rank
         return {
@@ -112,8 +121,10 @@ class Layout:
             "entries": (*lead, r),
         }[self.side]
 
-    def shape(self, rule: str) -> tuple[int, ...]:
+    def shape(self, rule: str | Shape) -> Shape:
         """The shape that a declaration's rule gives for this parameter."""
+        if not isinstance(rule, str):
+            return rule
         coordinates = self.coordinates
         if rule == "coordinates":
             return coordinates
@@ -129,7 +140,7 @@ class Layout:
             return (*self.view[:-2], self.view[-1])
         lead = self.view[:-2]
         if rule == "scalar":
-            return lead
+            return () if self.side == "modes" else lead
         if rule == "index":
             return (*lead, self.rank)
         if rule == "basis":
@@ -184,6 +195,8 @@ def projection_side(m: int, n: int, proj_type: str, tie: Literal["left", "right"
         return proj_type  # type: ignore[return-value]
     if proj_type == "full":
         return "both"
+    if proj_type == "tucker":
+        return "modes"
     short: Side = tie if m == n else ("right" if m > n else "left")
     if proj_type == "std":
         return short
@@ -202,3 +215,25 @@ def resolve_rank(m: int, n: int, side: Side, rank: int | float, *, coordinates: 
     if isinstance(rank, float):
         rank = math.floor(limit * rank) if coordinates else round(limit * rank)
     return max(1, min(rank, limit))
+
+
+def mode_ranks(
+    shape: tuple[int, ...], rank: int | float, modes: int | None
+) -> tuple[int | None, ...]:
+    """The rank of every mode of a higher-order weight.
+
+    Args:
+        shape: of the weight.
+        rank: an integer for every mode, cut to its dimension, or a fraction of each dimension,
+            rounded down, at least 1.
+        modes: how many leading modes have a rank; None for all.
+
+    Returns:
+        One rank per mode; None leaves a mode whole.
+    """
+    count = len(shape) if modes is None else min(modes, len(shape))
+    ranks = [
+        max(1, math.floor(size * rank)) if isinstance(rank, float) else min(rank, size)
+        for size in shape[:count]
+    ]
+    return (*ranks, *[None] * (len(shape) - count))

@@ -37,10 +37,18 @@ class Direction:
 
 
 class Inner:
-    """Base of all inner optimizers."""
+    """Base of all inner optimizers.
+
+    - elementwise: a coordinate's step depends on that coordinate alone.
+    - needs_matrix: coordinates must be matrices; vectors go to `fallback()`.
+    - needs_exact_weights: cannot train weights that are rounded to int8 after every step.
+    - concludes: `conclude` is called after every step with the states of all its parameters.
+    """
 
     elementwise: ClassVar[bool] = False
     needs_matrix: ClassVar[bool] = False
+    needs_exact_weights: ClassVar[bool] = False
+    concludes: ClassVar[bool] = False
     decay: Literal["before", "after"] = "before"
     first_moment: str | None = None
     second_moment: str | None = None
@@ -54,6 +62,9 @@ class Inner:
     ) -> Direction:
         """One step. `age` counts the steps since the moments started, 1-based."""
         raise TypeError(f"{type(self).__name__} does not define update()")
+
+    def conclude(self, states: list[dict[str, Any]]) -> None:
+        """Draw conclusions from the states of all parameters that took part in a step."""
 
     def momentum_correction(self, age: int) -> float:
         """What the first moment is multiplied with to be an unbiased average after `age` steps."""
@@ -192,12 +203,13 @@ class Adam(Inner):
         age: int,
         lr: float,
         weight_decay: float,
+        rate: float | None = None,
     ) -> None:
         """Update whole weights in place with one fused kernel call.
 
-        All tensors share dtype and device.
+        All tensors share dtype and device. `rate` replaces `lr` in the step, not in the decay.
         """
-        step, eps = self._scalars(age, lr)
+        step, eps = self._scalars(age, lr if rate is None else rate)
         shrink = lr * weight_decay
         if self.decay == "after":
             # (W - s N)(1 - d) = W (1 - d) - s (1 - d) N
@@ -310,9 +322,14 @@ class Lion(Inner):
     """Lion (Chen et al., Symbolic Discovery of Optimization Algorithms, 2023, arXiv 2302.06675).
 
     value = sign(b1 M + (1 - b1) R),  M <- b2 M + (1 - b2) R
+
+    Args:
+        betas: see above.
+        signed: False leaves the sign to an output that takes it in full size.
     """
 
     betas: tuple[float, float] = (0.9, 0.99)
+    signed: bool = True
 
     elementwise: ClassVar[bool] = True
     first_moment = "exp_avg"
@@ -339,9 +356,30 @@ class Lion(Inner):
         """See the class."""
         moment = state["exp_avg"]
         value = torch.mul(moment, self.betas[0], out=work.like(coordinates))
-        value.add_(coordinates, alpha=1.0 - self.betas[0]).sign_()
+        value.add_(coordinates, alpha=1.0 - self.betas[0])
+        value = value.sign_() if self.signed else value
         moment.mul_(self.betas[1]).add_(coordinates, alpha=1.0 - self.betas[1])
         return Direction(value, lr)
+
+
+@dataclass(frozen=True)
+class SignDescent(Inner):
+    """`W <- W - lr sign(R)` without state (signSGD; FRUGAL's rule for what has none).
+
+    Bernstein et al. 2018, arXiv 1802.04434.
+    """
+
+    elementwise: ClassVar[bool] = True
+
+    def declare(self, layout: Layout) -> tuple[StateDeclaration, ...]:
+        """No state."""
+        return ()
+
+    def update(
+        self, coordinates: Tensor, state: dict[str, Any], age: int, lr: Rate, work: Workspace
+    ) -> Direction:
+        """See the class."""
+        return Direction(torch.sign(coordinates, out=work.like(coordinates)), lr)
 
 
 @dataclass(frozen=True)
@@ -352,9 +390,13 @@ class AverageMomentum(Inner):
 
     Args:
         beta: averaging rate.
+        beta2: if given, the step is multiplied with Adam's corrections,
+            `sqrt(1 - beta2^t) / (1 - b^t)`, for a normaliser that divides by a second moment with
+            that rate (Subset-Norm). The decay then comes after the step, as in that code.
     """
 
     beta: float = 0.9
+    beta2: float | None = None
 
     elementwise: ClassVar[bool] = True
     first_moment = "exp_avg"
@@ -367,6 +409,11 @@ class AverageMomentum(Inner):
         """b."""
         return self.beta
 
+    @property
+    def decay(self) -> Literal["before", "after"]:  # type: ignore[override]
+        """Whether weight decay comes before or after the step."""
+        return "before" if self.beta2 is None else "after"
+
     def declare(self, layout: Layout) -> tuple[StateDeclaration, ...]:
         """One moment."""
         return (StateDeclaration("exp_avg", "first_moment"),)
@@ -376,4 +423,7 @@ class AverageMomentum(Inner):
     ) -> Direction:
         """See the class."""
         moment = state["exp_avg"].lerp_(coordinates, 1.0 - self.beta)
-        return Direction(work.like(coordinates).copy_(moment), lr)
+        step = lr
+        if self.beta2 is not None:
+            step = lr * (math.sqrt(1.0 - self.beta2**age) / (1.0 - self.beta**age))
+        return Direction(work.like(coordinates).copy_(moment), step)

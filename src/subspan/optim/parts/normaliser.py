@@ -1,10 +1,12 @@
-"""Normaliser: a second-moment scaling in full size."""
+"""Normaliser: a second-moment scaling in full size, of the gradient or of the update."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from subspan.optim.parts.adafactor import factored_declarations, factored_scaling
@@ -13,8 +15,34 @@ from subspan.optim.parts.workspace import Workspace
 from subspan.subspaces.layout import Layout, StateDeclaration
 
 
+class Normaliser:
+    """Base. `after` says whether the update is divided rather than the gradient scaled."""
+
+    after: ClassVar[bool] = False
+
+    def declare(self, layout: Layout) -> tuple[StateDeclaration, ...]:
+        """The state kept for a parameter of that layout."""
+        raise TypeError(f"{type(self).__name__} does not define declare()")
+
+    def normalise(
+        self, gradient: Tensor, state: dict[str, Any], step: int, work: Workspace
+    ) -> Tensor:
+        """The scaled gradient; the averages are updated in place.
+
+        `step` is 1-based and never restarts.
+        """
+        raise TypeError(f"{type(self).__name__} does not scale the gradient")
+
+    def divisor(self, gradient: Tensor, state: dict[str, Any], step: int) -> Tensor | None:
+        """What the update is divided by, broadcastable to `(..., m, n)`; None for nothing.
+
+        The averages are updated in place.
+        """
+        raise TypeError(f"{type(self).__name__} does not divide the update")
+
+
 @dataclass(frozen=True)
-class FactoredRMS:
+class FactoredRMS(Normaliser):
     """Adafactor's factored second moment of the whole gradient (Flora).
 
     It is taken before the gradient is projected. Row and column means cost m + n numbers per
@@ -38,10 +66,75 @@ class FactoredRMS:
     def normalise(
         self, gradient: Tensor, state: dict[str, Any], step: int, work: Workspace
     ) -> Tensor:
-        """The scaled gradient; the averages are updated in place.
-
-        `step` is 1-based and never restarts.
-        """
+        """See `Normaliser`."""
         return factored_scaling(
             gradient, state, step, self.decay_rate, self.eps, work.like(gradient), "gradient_sq"
         )
+
+
+@dataclass(frozen=True)
+class SubsetNorm(Normaliser):
+    """One second moment per subset of coordinates; the lifted update is divided by its root.
+
+        v_i <- b2 v_i + (1 - b2) sum_{j in subset i} G_j^2;   divisor sqrt(v_i) + eps
+
+    A sum, not a mean. b2 = 1 accumulates (AdaGrad). Nguyen, Nguyen: Subset-Norm and
+    Subspace-Momentum, 2025, arXiv 2411.07120.
+
+    Args:
+        beta2: averaging rate.
+        eps: see above.
+        subset_size: "heuristics": one subset per row if m >= n, else per column, so max(m, n)
+            numbers; n > 0: n consecutive entries of the flattened matrix; n < 0: `sqrt(d) / |n|`
+            of them. Sizes are lowered to the next divisor of the number of entries d.
+    """
+
+    beta2: float = 0.999
+    eps: float = 1e-6
+    subset_size: int | Literal["heuristics"] = "heuristics"
+
+    after: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_non_negative(eps=self.eps)
+        if not 0.0 <= self.beta2 <= 1.0:
+            raise ValueError(f"beta2={self.beta2!r} must lie in [0, 1]")
+        size = self.subset_size
+        if size != "heuristics" and (
+            not isinstance(size, int) or isinstance(size, bool) or not size
+        ):
+            raise ValueError(
+                f"subset_size={size!r} must be 'heuristics' or an integer other than 0"
+            )
+
+    def declare(self, layout: Layout) -> tuple[StateDeclaration, ...]:
+        """One number per subset."""
+        lead, (m, n) = layout.view[:-2], layout.matrix
+        if self.subset_size == "heuristics":
+            shape = (*lead, m, 1) if m >= n else (*lead, 1, n)
+        else:
+            shape = (*lead, m * n // self._length(m * n))
+        return (StateDeclaration("subset_sq", "second_moment", shape),)
+
+    def _length(self, count: int) -> int:
+        size = int(self.subset_size)
+        size = min(count, size if size > 0 else max(1, int(math.sqrt(count) / -size)))
+        return next(length for length in range(size, 0, -1) if count % length == 0)
+
+    def divisor(self, gradient: Tensor, state: dict[str, Any], step: int) -> Tensor:
+        """See `Normaliser`."""
+        m, n = gradient.shape[-2:]
+        moment = state["subset_sq"]
+        if self.subset_size == "heuristics":
+            dim = -1 if m >= n else -2
+            sums = torch.linalg.vector_norm(gradient, dim=dim, keepdim=True).square_()
+        else:
+            length = self._length(m * n)
+            sums = torch.linalg.vector_norm(
+                gradient.reshape(*gradient.shape[:-2], -1, length), dim=-1
+            ).square_()
+        moment.mul_(self.beta2).add_(sums, alpha=(1.0 - self.beta2) or 1.0)
+        root = moment.sqrt().add_(self.eps)
+        if self.subset_size == "heuristics":
+            return root
+        return root.repeat_interleave(length, -1).view(gradient.shape)

@@ -49,7 +49,7 @@ class MomentumLoss:
 class Update:
     """The terms of an update; None means absent.
 
-    W <- decay W - alpha lift(coordinates) - scale ∘ G - extra - rate loss
+    W <- decay W - (alpha lift(coordinates) + scale ∘ G + extra + rate loss) / divisor
     """
 
     coordinates: Tensor | None = None
@@ -58,6 +58,7 @@ class Update:
     extra: Tensor | None = None
     loss: MomentumLoss | None = None
     rate: Rate = 1.0
+    divisor: Tensor | None = None
 
 
 @dataclass
@@ -196,15 +197,6 @@ class Stateless(Remainder):
             value, 1.0, rate, loss=scene.momentum_loss, rate=scene.lr * self.momentum_loss
         )
 
-    def idle(self, gradient: Tensor, lr: Rate, work: Workspace) -> Update:
-        """The update of a tensor that has no state in this period.
-
-        All of its gradient is residual.
-        """
-        if self.rule == "sgd":
-            return Update(scale=lr * self.weight)
-        return Update(extra=work.like(gradient).copy_(gradient).sign_().mul_(lr * self.weight))
-
 
 @dataclass(frozen=True)
 class ErrorFeedback(Remainder):
@@ -216,9 +208,24 @@ class ErrorFeedback(Remainder):
 
     The last term is what the first moment lost in the change of basis. The buffer is a state of its
     own, so `.grad` stays the user's: it may be cleared, clipped or averaged as usual.
+
+    Args:
+        momentum: include that term; DCT-AdamW does not.
+        share: the part of the projection that leaves the buffer, `E = A - share lift(R)`. Trion's
+            full-size momentum is such a buffer with `share = 1 - mu`.
     """
 
-    reads_momentum_loss: ClassVar[bool] = True
+    momentum: bool = True
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.share <= 1.0:
+            raise ValueError(f"share={self.share!r} must lie in (0, 1]")
+
+    @property
+    def reads_momentum_loss(self) -> bool:  # type: ignore[override]
+        """Whether the lost momentum is asked for."""
+        return self.momentum
 
     def declare(self, layout: Layout) -> tuple[StateDeclaration, ...]:
         """One full-size buffer."""
@@ -227,11 +234,25 @@ class ErrorFeedback(Remainder):
     def join(self, scene: Scene, scale: float) -> Update:
         """See the class."""
         error = scene.state["error"].copy_(scene.gradient)
-        scene.subspace.add_lift_(error, scene.coordinates, alpha=-1.0)
+        scene.subspace.add_lift_(error, scene.coordinates, alpha=-self.share)
         if scene.momentum_loss is not None:
             weight = scene.inner.momentum_weight
             scene.momentum_loss.add_to_(error, weight / (1.0 - weight))
         return super().join(scene, scale)
+
+
+@dataclass(frozen=True)
+class PassThrough(Remainder):
+    """The residual takes the same step as the direction: plain gradient descent outside the
+    subspace (Subspace-Momentum).
+
+        W <- W - step (lift(N) + G - lift(R))
+    """
+
+    def join(self, scene: Scene, scale: float) -> Update:
+        """See the class."""
+        value = scene.direction.value if scale == 1.0 else scene.direction.value.mul_(scale)
+        return Update(value.sub_(scene.coordinates), scene.direction.step, scene.direction.step)
 
 
 @dataclass(frozen=True)
@@ -256,6 +277,23 @@ class Lift:
     def form(self, scene: Scene, remainder: Remainder) -> Update:
         """The update of one bucket."""
         return remainder.join(scene, self.scale)
+
+
+@dataclass(frozen=True)
+class SignedLift:
+    """The sign of the lifted direction: `W <- W - step sign(lift(N))` (Online Subspace Descent's
+    Lion, which takes the sign in full size)."""
+
+    lifts: ClassVar[bool] = True
+
+    def declare(self, layout: Layout) -> tuple[StateDeclaration, ...]:
+        """No state."""
+        return ()
+
+    def form(self, scene: Scene, remainder: Remainder) -> Update:
+        """The update of one bucket."""
+        lifted = scene.subspace.lift(scene.direction.value, out=scene.work.like(scene.gradient))
+        return Update(extra=lifted.sign_().mul_(scene.direction.step))
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from subspan.optim.parts.inner import Inner
 from subspan.subspaces.layout import Side
+from subspan.subspaces.tucker import turn
 
-Change = Tensor | tuple[Tensor, Tensor]
+Change = Tensor | tuple[Tensor | None, ...]
 
 
 @dataclass(frozen=True)
@@ -89,18 +90,22 @@ class ProjectionAware(Keep):
 
 
 def _double(change: Change) -> Change:
-    return (
-        (change[0].double(), change[1].double()) if isinstance(change, tuple) else change.double()
-    )
+    if isinstance(change, tuple):
+        return tuple(None if c is None else c.double() for c in change)
+    return change.double()
 
 
 def _turn(moment: Tensor, change: Change, side: Side) -> Tensor:
     if isinstance(change, tuple):
-        return change[0] @ moment @ change[1].mT
+        if side == "modes":
+            return turn(moment, change)
+        left, right = change
+        assert left is not None and right is not None
+        return left @ moment @ right.mT
     return change @ moment if side == "left" else moment @ change.mT
 
 
 def _squared(change: Change) -> Change:
     if isinstance(change, tuple):
-        return change[0].square(), change[1].square()
+        return tuple(None if c is None else c.square() for c in change)
     return change.square()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 from subspan.optim.composition import Composition
 from subspan.optim.parts.activity import Blocks
-from subspan.optim.parts.inner import SGD, Adam, Inner, Lion
+from subspan.optim.parts.inner import SGD, Adam, Inner, Lion, SignDescent
 from subspan.optim.parts.output import Discard, Stateless
 from subspan.optim.parts.refresh import Every
 from subspan.optim.parts.transport import Keep, Reset
@@ -95,41 +95,34 @@ def FRUGAL(
     core, plain = _inner(
         inner, betas, eps, momentum, official_momentum_start, projection == "block"
     )
-    share = _share(projection, density, update_gap, block_order, proj_type, finder)
     rule = _RULES[inactive_update_rule]
+    if projection == "block":
+        idle = SignDescent() if rule == "sign" else SGD()
+        weight = 0.0 if rule is None else inactive_lr_scale
+        return Composition(
+            inner=core,
+            plain=plain,
+            activity=Blocks(density, update_gap, block_order),  # type: ignore[arg-type]
+            idle=Composition(idle, lr_scale=proj_params_lr_scale * weight),
+            lr_scale=proj_params_lr_scale,
+        )
+    default = _FINDERS.get(projection, RandomCoordinates())
     return Composition(
         inner=core,
         plain=plain,
+        finder=resolve_finder(default if finder is None else finder, default),
+        rank=float(density),
+        proj_type=_SIDES.get(projection, proj_type),
+        refresh=Every(update_gap),
         transport=Reset() if reset_statistics else Keep(),
         remainder=Discard() if rule is None else Stateless(rule, inactive_lr_scale),
         lr_scale=proj_params_lr_scale,
-        **share,
     )
 
 
 def _check_choice(name: str, value: str, allowed: Collection[str]) -> None:
     if value not in allowed:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(allowed)}")
-
-
-def _share(
-    projection: str,
-    density: float,
-    update_gap: int,
-    block_order: str,
-    proj_type: str,
-    finder: str | Finder | None,
-) -> dict[str, Any]:
-    """The parts of the composition that choose the share of the gradient with state."""
-    if projection == "block":
-        return {"activity": Blocks(density, update_gap, block_order)}  # type: ignore[arg-type]
-    default = _FINDERS.get(projection, RandomCoordinates())
-    return {
-        "finder": resolve_finder(default if finder is None else finder, default),
-        "rank": float(density),
-        "proj_type": _SIDES.get(projection, proj_type),
-        "refresh": Every(update_gap),
-    }
 
 
 def _inner(
