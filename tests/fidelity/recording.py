@@ -58,6 +58,7 @@ def follow(
     inputs: str = "inputs",
     until: int = STEPS,
     dtype: torch.dtype = torch.float32,
+    outliers: float = 0.0,
 ) -> torch.optim.Optimizer:
     """Feed the recorded gradients and compare the weights at every recorded step.
 
@@ -69,6 +70,8 @@ def follow(
         inputs: file with the initial weights and the gradients.
         until: last step.
         dtype: of weights and gradients.
+        outliers: share of a weight's entries that may differ by more, where rounding falls on the
+            other side of a code or a sign.
     """
     given = load(inputs)[0]
     weights = {p: torch.nn.Parameter(given[f"init/{p}"].to(dtype)) for p in parameters}
@@ -81,8 +84,9 @@ def follow(
         for parameter, weight in weights.items():
             expected = recording.get(f"weight/{parameter}/step{step:02d}")
             if expected is not None:
-                difference = (weight.detach() - expected).abs().max().item()
-                assert difference <= tolerance, (parameter, step, difference)
+                difference = (weight.detach() - expected).abs()
+                share = (difference > tolerance).float().mean().item()
+                assert share <= outliers, (parameter, step, difference.max().item(), share)
                 compared += 1
     recorded = [key for key in recording if key.startswith("weight/")]
     expected_count = sum(

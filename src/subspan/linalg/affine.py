@@ -9,7 +9,8 @@ lo and hi the least and the largest value of a group and zero, and b bits,
 
 Rounding is to nearest, ties to even, or up with the probability that the fraction of w / s gives:
 then the mean of s (q - z) is w, except within the last half step at either end of the range, where
-the clamp acts.
+the clamp acts. Quantising decoded values again may give others: if an extreme of the group was
+rounded inwards, the new steps are a little smaller and every value is rounded anew.
 
 From "Q-GaLore: Quantized GaLore with INT4 Projection and Layer-Adaptive Low-Rank Gradients" (2024,
 arXiv:2407.08296). The released code leaves zero out of the range of a group, lo and hi being the
@@ -86,26 +87,16 @@ def quantise_affine(
     values = x.detach().reshape(-1)
     codes, scale, zero = (part.view(-1) for part in out)
     pieces = _pieces(count, group, x.device)
-    size = max((stop - start for (start, stop), _ in pieces), default=0)
-    work = torch.empty(size, dtype=torch.float32, device=x.device)
-    integers = torch.empty(size, dtype=torch.int32, device=x.device)
-    for (start, stop), rows in pieces:
+    scratch = _scratch(pieces, torch.float32, x.device), _scratch(pieces, torch.int32, x.device)
+    for elements, rows in pieces:
+        piece = values[elements]
         noise = None
         if uniforms is not None:
-            noise = uniforms[rows].reshape(-1)[: stop - start]
+            noise = uniforms[rows].reshape(-1)[: piece.numel()]
         elif generator is not None:
-            noise = _uniforms(stop - start, generator, x.device)
-        _quantise_piece(
-            values[start:stop],
-            codes[start:stop],
-            scale[rows].unsqueeze(1),
-            zero[rows].unsqueeze(1),
-            2**bits - 1,
-            noise,
-            zero_in_range,
-            work[: stop - start],
-            integers[: stop - start],
-        )
+            noise = _uniforms(piece.numel(), generator, x.device)
+        parts = codes[elements], scale[rows].unsqueeze(1), zero[rows].unsqueeze(1)
+        _quantise_piece(piece, parts, 2**bits - 1, noise, zero_in_range, scratch)
     return out
 
 
@@ -149,13 +140,17 @@ def dequantise_affine(
     if out.numel() != count:
         raise ValueError(f"out must have {count} elements, got {out.numel()}")
     flat, values = codes.view(-1), out.view(-1)
-    for (start, stop), rows in _pieces(count, group, codes.device):
-        width = min(group, stop - start)
-        target = values[start:stop].view(-1, width)
-        exact = target if out.dtype == torch.float32 else target.to(torch.float32)
-        exact.copy_(flat[start:stop].view(-1, width))
-        exact.sub_(zero[rows].unsqueeze(1).float()).mul_(scale[rows].unsqueeze(1))
-        if exact is not target:
+    pieces = _pieces(count, group, codes.device)
+    scratch = None
+    if out.dtype != torch.float32:
+        scratch = _scratch(pieces, torch.float32, codes.device)
+    for elements, rows in pieces:
+        target = values[elements]
+        exact = target if scratch is None else scratch[: target.numel()]
+        exact.copy_(flat[elements])
+        offset, step = zero[rows].unsqueeze(1).float(), scale[rows].unsqueeze(1)
+        exact.view(step.shape[0], -1).sub_(offset).mul_(step)
+        if scratch is not None:
             target.copy_(exact)
     return out
 
@@ -167,19 +162,15 @@ def group_count(count: int, group: int) -> int:
 
 def _quantise_piece(
     values: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    zero: Tensor,
+    parts: tuple[Tensor, Tensor, Tensor],
     largest: int,
     noise: Tensor | None,
     zero_in_range: bool,
-    work: Tensor,
-    integers: Tensor,
+    scratch: tuple[Tensor, Tensor],
 ) -> None:
-    """Quantise the groups of flat `values` into `codes`, `scale` and `zero` (columns).
-
-    `work` and `integers` are scratch memory of the size of `values`.
-    """
+    """Quantise the groups of flat `values` into codes (flat), scale and zero (columns)."""
+    codes, scale, zero = parts
+    work, integers = (memory[: values.numel()] for memory in scratch)
     if values.dtype != work.dtype:
         values = work.copy_(values)
     grouped = values.view(scale.shape[0], -1)
@@ -212,20 +203,23 @@ def _uniforms(count: int, generator: torch.Generator, device: torch.device) -> T
     return draws.view(torch.int16)[:count].to(torch.float32).mul_(2**-16).add_(0.5 + 2**-17)
 
 
-def _pieces(count: int, group: int, device: torch.device) -> list[tuple[tuple[int, int], slice]]:
-    """(start, stop) of elements and the slice of their groups, piece by piece.
-
-    A shorter last group is a piece of its own.
-    """
+def _pieces(count: int, group: int, device: torch.device) -> list[tuple[slice, slice]]:
+    """Elements and their groups, piece by piece; a shorter last group is a piece of its own."""
     whole = count // group
     step = max(1, _CHUNK.get(device.type, _CHUNK["other"]) // group)
     pieces = []
     for first in range(0, whole, step):
         last = min(first + step, whole)
-        pieces.append(((first * group, last * group), slice(first, last)))
+        pieces.append((slice(first * group, last * group), slice(first, last)))
     if count % group:
-        pieces.append(((whole * group, count), slice(whole, whole + 1)))
+        pieces.append((slice(whole * group, count), slice(whole, whole + 1)))
     return pieces
+
+
+def _scratch(pieces: list[tuple[slice, slice]], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for the largest piece."""
+    size = max((elements.stop - elements.start for elements, _ in pieces), default=0)
+    return torch.empty(size, dtype=dtype, device=device)
 
 
 def _check(x: Tensor, bits: int, group: int) -> None:

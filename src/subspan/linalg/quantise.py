@@ -39,9 +39,10 @@ def quantise_blocks(
 ) -> tuple[Tensor, Tensor]:
     """Codes and scales of `x`; the mathematics is at the top of this module.
 
-    Computed in float32. In the middle between two entries the upper one is taken. A block of zeros is read back as
-    zeros. A value that is not finite makes its block decode to values that are not finite. The
-    first use of a codebook builds a table of 256 KiB, kept while that tensor lives: share one.
+    Computed in float32. In the middle between two entries the upper one is taken. A block of zeros
+    is read back as zeros. A value that is not finite makes its block decode to values that are not
+    finite. The first use of a codebook tensor builds a table of 256 KiB (64 KiB for the grid), kept
+    while that tensor lives: share one tensor among all states.
 
     Args:
         x: any shape and floating dtype; not changed. One that is not contiguous is copied.
@@ -147,11 +148,12 @@ def dequantise_blocks(
     step = _step(block, codes.device)
     size = _code_count(min(count, step), packed)
     key = torch.empty(size, dtype=torch.int32, device=codes.device)
-    found = torch.empty(size, dtype=table.dtype, device=codes.device)
+    direct = not packed and out.dtype == torch.float32
+    found = torch.empty(0 if direct else size, dtype=table.dtype, device=codes.device)
     for start in range(0, count, step):
         part = values[start : start + step]
         needed = _code_count(part.numel(), packed)
-        k, entries = key[:needed], found[:needed]
+        k, entries = key[:needed], part if direct else found[:needed]
         k.copy_(flat_codes[start // 2 if packed else start :][:needed])
         torch.index_select(table, 0, k, out=entries)
         entries = entries.view(torch.float32)[: part.numel()]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from subspan.optim.composition import Composition
 from subspan.optim.parts.inner import Rate
-from subspan.optim.parts.output import MomentumLoss, Update
+from subspan.optim.parts.output import MomentumLoss, Seen, Update
 from subspan.optim.parts.workspace import Workspace
 from subspan.subspaces.bases import Subspace
 
@@ -18,8 +18,7 @@ from subspan.subspaces.bases import Subspace
 def apply_update(
     weight: Tensor,
     update: Update,
-    gradient: Tensor,
-    subspace: Subspace | None,
+    seen: Seen,
     lr: Rate,
     weight_decay: float,
     parts: Composition,
@@ -30,14 +29,14 @@ def apply_update(
     Args:
         weight: `(..., m, n)`, or any shape without a subspace.
         update: the terms of U; overwritten.
-        gradient: same shape as the weight.
-        subspace: lifts the coordinates; None: they have full size already.
+        seen: the gradient, and the subspace that lifts coordinates, if there is one.
         lr: learning rate, for the decay and for updates whose clipping comes before the learning
             rate.
         weight_decay: decay is `1 - lr * weight_decay`.
         parts: supplies `clip_rms` and the place of the decay.
         work: scratch memory.
     """
+    gradient, subspace = seen.gradient, seen.subspace
     decay = 1.0 - lr * weight_decay if weight_decay else 1.0
     gain = decay if parts.inner.decay == "after" else 1.0
     if parts.clip_rms is None:
@@ -96,9 +95,12 @@ def _divided(target: Tensor, update: Update, gradient: Tensor, subspace: Subspac
     """
     divisor = update.divisor
     assert divisor is not None
-    rows, columns = divisor.shape[-1] == 1, divisor.shape[-2] == 1
     side = getattr(subspace, "side", None)
-    commutes = subspace is None or (side == "right" and rows) or (side == "left" and columns)
+    commutes = (
+        subspace is None
+        or (side == "right" and divisor.shape[-1] == 1)
+        or (side == "left" and divisor.shape[-2] == 1)
+    )
     if commutes and update.extra is None and update.loss is None:
         coordinates = update.coordinates
         if coordinates is not None:

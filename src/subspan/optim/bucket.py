@@ -42,6 +42,7 @@ class Bucket:
         due: whether a refresh is planned for this step.
         blank: whether it is put off because the gradient is zero.
         codecs: of the states that are held in few bits.
+        coordinates: given instead of gradients when they were summed inside the subspace.
     """
 
     weights: list[Tensor]
@@ -53,6 +54,7 @@ class Bucket:
     due: bool = False
     blank: bool = False
     codecs: Codecs = field(default_factory=dict)
+    coordinates: list[Tensor] = field(default_factory=list)
 
     @classmethod
     def joined(cls, buckets: Sequence[Bucket]) -> Bucket:
@@ -61,7 +63,7 @@ class Bucket:
             return buckets[0]
         lists: dict[str, Any] = {
             name: [item for bucket in buckets for item in getattr(bucket, name)]
-            for name in ("weights", "gradients", "states", "layouts")
+            for name in ("weights", "gradients", "states", "layouts", "coordinates")
         }
         return replace(buckets[0], **lists)
 
@@ -212,41 +214,60 @@ def is_quantised(tensor: Tensor) -> bool:
 def pieces(bucket: Bucket, length: int) -> list[Bucket]:
     """Cut a bucket of one elementwise parameter into flat pieces, to keep temporaries small."""
     weight, gradient, state = bucket.weights[0], bucket.gradients[0], bucket.states[0]
-    unit = max((codec.unit for codec, _ in bucket.codecs.values()), default=1)
-    length = -(-length // unit) * unit
+    length = -(-length // _unit(bucket)) * _unit(bucket)
     tensors = [value for value in state.values() if isinstance(value, Tensor)]
     flat = all(tensor.is_contiguous() for tensor in (weight, gradient, *tensors))
-    if not flat or weight.numel() <= length or is_quantised(weight):
+    size = weight.numel()
+    if not flat or size <= length or is_quantised(weight):
         return [bucket]
-    # Tensors that hold a state in few bits are shorter than the weight: entries per element.
-    per = {
+    starts = range(0, size, length)
+    return [
+        piece(bucket, number, start, min(start + length, size))
+        for number, start in enumerate(starts)
+    ]
+
+
+def piece(
+    bucket: Bucket, number: int, start: int, stop: int, gradient: Tensor | None = None
+) -> Bucket:
+    """The entries start:stop of a bucket of one elementwise parameter, flat.
+
+    Args:
+        bucket: all of it.
+        number: of the piece; pieces of one parameter must not draw the same rounding noise.
+        start: a multiple of the entries that share a scale.
+        stop: the same, or the end.
+        gradient: of just these entries, if the bucket does not hold it.
+    """
+    index = linalg.derive_seed(bucket.layout.index, number)
+    if gradient is None:
+        gradient = bucket.gradients[0].view(-1)[start:stop]
+    per = _entries_per_element(bucket)
+    sliced = {
+        name: value.view(-1)[start // per.get(name, 1) : -(-stop // per.get(name, 1))]
+        if isinstance(value, Tensor)
+        else value
+        for name, value in bucket.states[0].items()
+    }
+    return replace(
+        bucket,
+        weights=[bucket.weights[0].view(-1)[start:stop]],
+        gradients=[gradient.reshape(-1)],
+        states=[sliced],
+        layouts=[replace(bucket.layout, view=(stop - start,), index=index)],
+    )
+
+
+def _unit(bucket: Bucket) -> int:
+    """Entries that share a scale."""
+    return max((codec.unit for codec, _ in bucket.codecs.values()), default=1)
+
+
+def _entries_per_element(bucket: Bucket) -> dict[str, int]:
+    """Of the tensors that hold a state in few bits, which are shorter than the weight."""
+    unit = _unit(bucket)
+    return {
         name + suffix: 2 * unit // math.prod(shape)
         for name, (codec, _) in bucket.codecs.items()
         for suffix, (shape, _) in codec.slots((2 * unit,)).items()
     }
-    size = weight.numel()
-    cut = []
-    for number, start in enumerate(range(0, size, length)):
-        stop = min(start + length, size)
-        # The number joins the index: pieces of one parameter must not draw the same rounding noise.
-        layout = replace(
-            bucket.layout,
-            view=(stop - start,),
-            index=linalg.derive_seed(bucket.layout.index, number),
-        )
-        sliced = {
-            name: value.view(-1)[start // per.get(name, 1) : -(-stop // per.get(name, 1))]
-            if isinstance(value, Tensor)
-            else value
-            for name, value in state.items()
-        }
-        cut.append(
-            replace(
-                bucket,
-                weights=[weight.view(-1)[start:stop]],
-                gradients=[gradient.view(-1)[start:stop]],
-                states=[sliced],
-                layouts=[layout],
-            )
-        )
-    return cut

@@ -171,10 +171,10 @@ def buckets(
     alike: dict[tuple[Any, ...], list[Bucket]] = {}
     fused: dict[tuple[Any, ...], list[Bucket]] = {}
     for parameter in parameters:
-        bucket = _bucket_of(optimizer, parameter, group, parts)
+        bucket = bucket_of(optimizer, parameter, group, parts)
         layout, state = bucket.layout, bucket.states[0]
         if parts.elementwise:
-            if isinstance(parts.inner, Adam) and parts.gain == 1.0 and _is_native(bucket):
+            if isinstance(parts.inner, Adam) and _is_native(bucket):
                 key = (bucket.dtype, bucket.device, bucket.step, bucket.age)
                 fused.setdefault(key, []).append(bucket)
             else:
@@ -192,19 +192,31 @@ def buckets(
         yield from _batches(members, largest)
 
 
-def _bucket_of(
-    optimizer: SubspaceOptimizer, parameter: Tensor, group: State, parts: Composition
+def refresh_is_due(
+    optimizer: SubspaceOptimizer, parameter: Tensor, parts: Composition, state: State
+) -> bool:
+    """Whether a refresh is planned for the coming step."""
+    position, count = optimizer.place_of(parameter)
+    planned = parts.refresh.scheduled(state["step"] + 1, position, count, state)
+    return bool(state["refreshed"] < planned)
+
+
+def bucket_of(
+    optimizer: SubspaceOptimizer,
+    parameter: Tensor,
+    group: State,
+    parts: Composition,
+    gradient: Tensor | None = None,
 ) -> Bucket:
+    """The bucket of one parameter, for its gradient or the one that is given."""
     layout = optimizer.layout_of(parameter)
     state = state_of(optimizer, parameter, parts, group)
-    gradient = parameter.grad
+    gradient = parameter.grad if gradient is None else gradient
     assert gradient is not None
     step = state["step"] + 1
     due = blank = False
     if parts.finder is not None:
-        position, count = optimizer.place_of(parameter)
-        planned = parts.refresh.scheduled(step, position, count, state)
-        due = state["refreshed"] < planned
+        due = refresh_is_due(optimizer, parameter, parts, state)
         # A zero gradient carries no subspace: the old one stays, the next step looks again.
         blank = due and parts.finder.reads_gradient and not bool(gradient.any())
     age = step - state.get("restarted", 0)
@@ -243,6 +255,14 @@ def _update_fused(
         state["step"] = step
 
 
+def update_elementwise(bucket: Bucket, group: State, parts: Composition) -> bool:
+    """Update a bucket with the fused kernel if that can be done; False if it cannot."""
+    if not isinstance(parts.inner, Adam) or not _is_native(bucket):
+        return False
+    _update_fused([bucket], group, parts, bucket.step, bucket.age)
+    return True
+
+
 def state_of(
     optimizer: SubspaceOptimizer, parameter: Tensor, parts: Composition, group: State
 ) -> State:
@@ -258,6 +278,7 @@ def state_of(
             if parts.finder.draws_from_seed:
                 state["seed"] = group["seed"] + layout.index + 1
             state.update(parts.refresh.counters())
+        state.update(parts.inner.counters(layout))
         _allocate(layout, parameter, parts, state)
     return state
 

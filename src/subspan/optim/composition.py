@@ -20,7 +20,7 @@ from subspan.optim.parts.output import (
     SignedLift,
     Stateless,
 )
-from subspan.optim.parts.refresh import Refresh
+from subspan.optim.parts.refresh import Every, Refresh
 from subspan.optim.parts.storage import Codec, Slot, Storage
 from subspan.optim.parts.transport import Keep
 from subspan.subspaces.finders import Finder
@@ -103,8 +103,13 @@ class Composition:
 
     def _disagreements(self) -> list[str]:
         """Every pair of parts that cannot work together, in words."""
-        if self.idle is not None and self.activity is None:
+        if self.idle is not None and self.activity is None and not self.inner.concludes:
             return ["idle has no activity that would make a parameter idle"]
+        if self.inner.concludes and self.activity is not None:
+            return [
+                f"inner {_name(self.inner)} decides itself when a parameter is idle; it cannot be "
+                f"combined with activity {_name(self.activity)}"
+            ]
         if self.finder is None:
             return self._without_finder()
         found: list[str] = []
@@ -203,7 +208,8 @@ class Composition:
                 f"transport {_name(self.transport)} has nothing to move: inner {_name(self.inner)} "
                 "keeps no moment"
             )
-        if self.transport.moves and type(self.inner).__name__ == "Adafactor":
+        moves_all = self.transport.moves and self.transport.needs_second
+        if moves_all and type(self.inner).__name__ == "Adafactor":
             found.append(
                 f"transport {_name(self.transport)} cannot move inner Adafactor's factored second "
                 "moment"
@@ -314,14 +320,30 @@ class Composition:
                     + ("a method without a finder" if self.finder is None else _name(self.finder))
                     + ": only random bases are determined by a seed"
                 )
-        elif finder is not None and finder.form == "coordinates" and storage.explicit("basis"):
-            if basis.startswith("int"):
-                raise ValueError(
-                    f"storage={basis!r} cannot hold a basis of {_name(finder)}: it keeps indices"
-                )
+        indices = finder is not None and finder.form in ("coordinates", "columns")
+        if indices and basis.startswith("int") and storage.explicit("basis"):
+            raise ValueError(
+                f"storage={basis!r} cannot hold a basis of {_name(finder)}: it keeps indices"
+            )
         idle = None if self.idle is None else self.idle.stored_as(storage)
         tensors = None if self.tensors is None else self.tensors.stored_as(storage)
         return replace(self, storage=storage, finder=finder, idle=idle, tensors=tensors)
+
+    @property
+    def needs_whole_gradient(self) -> str | None:
+        """Why a step cannot be taken from the coordinates of the gradient alone; None if it can."""
+        if self.finder is None:
+            return None
+        if not isinstance(self.output, Lift) or not isinstance(self.remainder, Discard):
+            part = self.remainder if isinstance(self.output, Lift) else self.output
+            return f"{_name(part)} needs the whole gradient"
+        if self.normaliser is not None:
+            return f"normaliser {_name(self.normaliser)} needs the whole gradient"
+        if self.complement or self.finder.follows:
+            return f"finder {_name(self.finder)} needs the whole gradient in every step"
+        if type(self.refresh).drifted is not Refresh.drifted or self.refresh == Every(1):
+            return f"refresh {self.refresh!r} needs the whole gradient in every step"
+        return None
 
     @property
     def reads_momentum_loss(self) -> bool:

@@ -12,18 +12,13 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from subspan.optim import checkpoint, listing
 from subspan.optim.apply import apply_update, root_mean_square
-from subspan.optim.bucket import FIND, FOLLOW, Bucket
-from subspan.optim.collect import (
-    assignments,
-    buckets,
-    check_bucket,
-    checked_in_bucket,
-    gradients_are_usable,
-)
+from subspan.optim.backward import BackwardUpdates, Clipping
+from subspan.optim.bucket import Bucket
+from subspan.optim.collect import assignments, buckets, gradients_are_usable
 from subspan.optim.composition import Composition
 from subspan.optim.groups import (
     check_exactness,
@@ -33,15 +28,15 @@ from subspan.optim.groups import (
     set_frozen,
     unique,
 )
-from subspan.optim.parts.output import MomentumLoss, Scene, Update
+from subspan.optim.parts.output import Scene, Update
 from subspan.optim.parts.workspace import Workspace
-from subspan.subspaces.bases import Dense, Subspace
-from subspan.subspaces.finders import Sight
+from subspan.optim.refreshing import follow, look
 from subspan.subspaces.layout import Layout
 
 if TYPE_CHECKING:
     from subspan.optim.registry import Recipe
 
+Plan = list[tuple[dict[str, Any], Composition, list[Tensor]]]
 Parameters = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
 
@@ -80,6 +75,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Parameters, **options: Any) -> None:
         self.recipe.check_options(options)
         self.skipped_steps = 0
+        self._backward: BackwardUpdates | None = None
+        self._largest = 0
         self._layouts: dict[Tensor, Layout] = {}
         self._idle_layouts: dict[Tensor, Layout] = {}
         self._places: dict[Tensor, tuple[int, int]] = {}
@@ -129,6 +126,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             self._homes[parameter] = (parameter.device, parameter.dtype)
             self._positions[parameter] = len(self._compositions)
             check_exactness(composition, self._layouts[parameter], parameter)
+        self._largest = max((layout.natural_size for layout in self._layouts.values()), default=0)
         everyone = self.projected(group)
         self._places.update((p, (i, len(everyone))) for i, p in enumerate(everyone))
         if composition.activity is not None:
@@ -146,6 +144,10 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """The same for a period in which it is active, or is not."""
         layouts = self._layouts if active else self._idle_layouts
         return layouts.get(parameter, self._layouts[parameter])
+
+    def knows(self, parameter: Tensor) -> bool:
+        """Whether it is one of the optimizer's."""
+        return parameter in self._layouts
 
     def place_of(self, parameter: Tensor) -> tuple[int, int]:
         """Position of a projected parameter among those of its group, and their number."""
@@ -238,207 +240,131 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._take_step([p for group in self.param_groups for p in group["params"]])
+        if self._backward is not None:
+            self._backward.finish()
+        else:
+            self._take_step([p for group in self.param_groups for p in group["params"]])
         return loss
+
+    def attach_to_backward(
+        self,
+        model: nn.Module | None = None,
+        *,
+        accumulation_steps: int = 1,
+        max_norm: float | None = None,
+        clipping: Clipping = "whole",
+        lifted: bool = False,
+    ) -> BackwardUpdates:
+        """Update every parameter inside the backward pass, as soon as its gradient is there.
+
+        The gradient is freed at once, so gradients never exist all at the same time. Call `step()`
+        after the backward pass as usual: it ends the step. See `BackwardUpdates`.
+
+        Args:
+            model: if given, gradients of its embeddings and output layers, where the update is
+                elementwise, are made and applied in blocks of rows, never whole.
+            accumulation_steps: backward passes per `step()`. With more than one, only projected
+                gradients are summed, in the subspace in force.
+            max_norm: clip gradients to this norm.
+            clipping: "whole": by the norm of all gradients together; "inside": by that of what the
+                subspaces hold of them; "each": every parameter's by its own norm.
+            lifted: with accumulation, hand the lifted sum to methods that need a whole gradient
+                (Flora's accumulation); what lies outside the subspace is lost.
+
+        Returns:
+            The handle; its `detach()` returns to ordinary steps.
+
+        Raises:
+            RuntimeError: already attached, or the parameters are to another optimizer.
+            ValueError: the method, or clipping, cannot work so; the message says why.
+        """
+        self._backward = BackwardUpdates(
+            self, model, accumulation_steps, max_norm, clipping, lifted
+        )
+        return self._backward
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch.optim's; also forgets what was accumulated inside the subspaces."""
+        super().zero_grad(set_to_none)
+        if self._backward is not None:
+            self._backward.forget()
 
     def _take_step(self, parameters: Iterable[Tensor]) -> None:
         """One step of all of the given parameters that have a gradient."""
-        ready: list[list[Tensor]] = [[] for _ in self.param_groups]
-        for parameter in parameters:
-            if parameter.grad is not None:
-                ready[self._positions[parameter]].append(parameter)
-        plan = [
-            (group, self.composition(position), ready[position])
-            for position, group in enumerate(self.param_groups)
-            if ready[position]
-        ]
+        plan = self.plan(p for p in parameters if p.grad is not None)
         if not gradients_are_usable(self, plan):
             self.skipped_steps += 1
             return
-        work = Workspace()
-        largest = max((layout.natural_size for layout in self._layouts.values()), default=0)
+        self.update_all(plan, Workspace())
+        self.conclude([p for _, _, members in plan for p in members])
+
+    def plan(self, parameters: Iterable[Tensor]) -> Plan:
+        """The parameters by param group, each with its composition."""
+        members: list[list[Tensor]] = [[] for _ in self.param_groups]
+        for parameter in parameters:
+            members[self._positions[parameter]].append(parameter)
+        return [
+            (group, self.composition(position), members[position])
+            for position, group in enumerate(self.param_groups)
+            if members[position]
+        ]
+
+    def update_all(self, plan: Plan, work: Workspace) -> None:
+        """Update parameters, given as param group, its composition, and some of its members."""
         for group, composition, members in plan:
             for parts, own in assignments(self, group, composition, members):
-                for bucket in buckets(self, own, group, parts, largest):
+                for bucket in buckets(self, own, group, parts, self._largest):
                     self._update(bucket, parts, group, work)
-        for group, composition, members in plan:
-            self._conclude(group, composition, members)
 
-    def _conclude(
-        self, group: dict[str, Any], composition: Composition, members: list[Tensor]
+    def conclude(self, parameters: Iterable[Tensor]) -> None:
+        """What follows when all parameters of a step have been updated."""
+        plan = self.plan(parameters)
+        for group, composition, _ in plan:
+            group["steps"] += 1
+            if composition.activity is not None and composition.activity.freezes:
+                set_frozen(self, group, composition.activity)
+        concluding = [(c.inner, members) for _, c, members in plan if c.inner.concludes]
+        while concluding:
+            inner = concluding[0][0]
+            states = [
+                self.state[p] for other, members in concluding if other == inner for p in members
+            ]
+            inner.conclude(states)
+            concluding = [item for item in concluding if item[0] != inner]
+
+    def update_bucket(
+        self, parameter: Tensor, bucket: Bucket, parts: Composition, work: Workspace
     ) -> None:
-        """What follows a step of a whole group."""
-        group["steps"] += 1
-        if composition.inner.concludes:
-            composition.inner.conclude([self.state[parameter] for parameter in members])
-        if composition.activity is not None and composition.activity.freezes:
-            set_frozen(self, group, composition.activity)
+        """Update a parameter, or a piece of it, as its param group says."""
+        self._update(bucket, parts, self.param_groups[self._positions[parameter]], work)
 
     def _update(
         self, bucket: Bucket, parts: Composition, group: dict[str, Any], work: Workspace
     ) -> None:
         """The step of one bucket: refresh, transport, project, inner, output, apply."""
         work.release()
-        gradient = bucket.gather(bucket.gradients, work)
-        weight = bucket.gather(bucket.weights, work)
-        state = bucket.load()
+        weight, state = bucket.gather(bucket.weights, work), bucket.load()
         lr = self._learning_rate(group, parts, weight)
         rate = 1.0 if parts.clip_rms is not None else lr * parts.lr_scale
-        normaliser = parts.normaliser
-        if normaliser is not None and not normaliser.after:
-            gradient = normaliser.normalise(gradient, state, bucket.step, work)
-        if "error" in state:
-            out = gradient if bucket.owns(gradient) else work.like(gradient)
-            gradient = torch.add(gradient, state["error"], out=out)
+        rate = rate * parts.inner.shape_factor(bucket.layout)
+        seen = look(bucket, parts, group, state, work)
 
-        subspace: Subspace | None = None
-        coordinates, momentum_loss, refreshed = gradient, None, False
-        if parts.finder is not None:
-            late = checked_in_bucket(group, parts, bucket.device)
-            if late and bucket.due:
-                check_bucket(bucket, gradient)
-            subspace, momentum_loss, refreshed = self._subspace(
-                bucket, parts, group, gradient, state
-            )
-            shape = (
-                *gradient.shape[: gradient.dim() - len(bucket.layout.view)],
-                *bucket.layout.coordinates,
-            )
-            if parts.complement:
-                coordinates, subspace = subspace.residual(gradient), None
-            else:
-                out = work.take(shape, gradient.dtype, gradient.device)
-                coordinates = subspace.project(gradient, out=out)
-            if late and not bucket.due:
-                check_bucket(bucket, coordinates)
-
-        if parts.gain != 1.0:
-            coordinates = coordinates * parts.gain
-        direction = parts.inner.update(coordinates, state, bucket.age, rate, work)
+        direction = parts.inner.update(seen.coordinates, state, bucket.age, rate, work)
         update = Update(direction.value, direction.step)
-        if subspace is not None:
-            scene = Scene(
-                gradient,
-                coordinates,
-                direction,
-                subspace,
-                bucket.layout,
-                state,
-                parts.inner,
-                rate,
-                momentum_loss,
-                work,
-            )
+        if seen.subspace is not None:
+            scene = Scene(seen, direction, bucket.layout, state, parts.inner, rate, work)
             update = parts.output.form(scene, parts.remainder)
-        if normaliser is not None and normaliser.after:
-            update.divisor = normaliser.divisor(gradient, state, bucket.step)
-        apply_update(weight, update, gradient, subspace, lr, group["weight_decay"], parts, work)
+        if parts.normaliser is not None and parts.normaliser.after:
+            update.divisor = parts.normaliser.divisor(seen.gradient, state, bucket.step)
+        apply_update(weight, update, seen, lr, group["weight_decay"], parts, work)
 
-        if subspace is not None and parts.finder is not None and parts.finder.follows:
-            self._follow(bucket, parts, group, gradient, state, subspace)
-            refreshed = True
+        if seen.subspace is not None and parts.finder is not None and parts.finder.follows:
+            follow(bucket, parts, group, state, seen)
         stochastic = group["stochastic_rounding"]
         bucket.write_weights(weight, group["seed"], stochastic)
-        bucket.commit(state, bases=refreshed, seed=group["seed"], stochastic=stochastic)
+        bucket.commit(state, bases=seen.refreshed, seed=group["seed"], stochastic=stochastic)
         for stored in bucket.states:
             stored["step"] = bucket.step
-
-    def _subspace(
-        self,
-        bucket: Bucket,
-        parts: Composition,
-        group: dict[str, Any],
-        gradient: Tensor,
-        state: dict[str, Any],
-    ) -> tuple[Subspace, MomentumLoss | None, bool]:
-        """This step's subspace, what the momentum lost if it is new, and whether it is."""
-        finder, layout, inner = parts.finder, bucket.layout, parts.inner
-        assert finder is not None
-        moment = inner.first_moment
-        first = state["refreshed"][0] == 0
-        previous = None if first else finder.unpack(state, layout, gradient.dtype, gradient.device)
-        due = bucket.due
-        if previous is not None and not due:
-            due = parts.refresh.drifted(gradient, previous, state, bucket.step)
-        if previous is not None and (not due or bucket.blank):
-            return previous, None, False
-
-        before = momentum = None
-        if previous is not None and bucket.age > 1 and moment is not None:
-            before = state[moment].clone() if parts.reads_momentum_loss else None
-            if finder.reads_momentum:
-                momentum = state[moment] * inner.momentum_correction(bucket.age - 1)
-        seeds = bucket.seeds(group["seed"], FIND)
-        sight = Sight(
-            gradient, layout, bucket.layouts, previous, momentum, seeds, state, bucket.step
-        )
-        found = finder.find(sight)
-        stacked = len(layout.view) > 2 and finder.reads_gradient
-        if stacked and isinstance(found, Dense) and isinstance(previous, Dense):
-            # Single matrices of a stack may have no gradient (experts that saw no token).
-            silent = gradient.abs().amax((-2, -1), keepdim=True) == 0
-            found = Dense(found.side, torch.where(silent, previous.basis, found.basis))
-        loss = None
-        if previous is not None:
-            self._transport(bucket, parts, state, previous, found)
-            if before is not None and moment is not None:
-                loss = MomentumLoss(previous, before, found, state[moment].clone())
-        parts.refresh.found(gradient, previous, found, state)
-        found = self._store(bucket, parts, state, found)
-        state["refreshed"] = [0 if bucket.blank else bucket.step] * len(bucket.states)
-        return found, loss, True
-
-    def _store(
-        self, bucket: Bucket, parts: Composition, state: dict[str, Any], found: Subspace
-    ) -> Subspace:
-        """Put a subspace into the state; what comes back is it as the state holds it."""
-        finder = parts.finder
-        assert finder is not None
-        lossy = False
-        for name, value in finder.pack(found).items():
-            state[name] = value
-            if name in bucket.codecs:
-                bucket.keep(name, value)
-                state[name], lossy = bucket.read(name), True
-        if not lossy:
-            return found
-        return finder.unpack(state, bucket.layout, bucket.dtype, bucket.device)
-
-    def _follow(
-        self,
-        bucket: Bucket,
-        parts: Composition,
-        group: dict[str, Any],
-        gradient: Tensor,
-        state: dict[str, Any],
-        subspace: Subspace,
-    ) -> None:
-        """Let a finder that moves with every step take its own."""
-        finder, seeds = parts.finder, bucket.seeds(group["seed"], FOLLOW)
-        assert finder is not None
-        ratio = float(group["lr"]) / float(group.get("initial_lr", group["lr"]) or 1.0)
-        layouts, step = bucket.layouts, bucket.step
-        sight = Sight(gradient, bucket.layout, layouts, subspace, None, seeds, state, step, ratio)
-        self._store(bucket, parts, state, finder.follow(sight))
-
-    def _transport(
-        self,
-        bucket: Bucket,
-        parts: Composition,
-        state: dict[str, Any],
-        previous: Subspace,
-        found: Subspace,
-    ) -> None:
-        if parts.transport.restarts:
-            for declared in parts.inner.declare(bucket.layout):
-                state[declared.name].zero_()
-            state["restarted"] = [bucket.step - 1] * len(bucket.states)
-            bucket.age = 1
-        elif parts.transport.moves and bucket.age > 1:
-            change = found.change_from(previous)
-            side = bucket.layout.side
-            assert side is not None
-            parts.transport.apply(parts.inner, state, change, side, bucket.age - 1)
 
     def _learning_rate(
         self, group: dict[str, Any], parts: Composition, weight: Tensor
@@ -475,6 +401,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """For pickling and deep copies."""
         kept = (
             "skipped_steps",
+            "_largest",
             "_layouts",
             "_idle_layouts",
             "_places",
@@ -482,4 +409,5 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             "_positions",
             "_compositions",
         )
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
+        own = {name: getattr(self, name) for name in kept}
+        return {**super().__getstate__(), **own, "_backward": None}

@@ -69,6 +69,9 @@ def is_projected(
     Raises:
         ValueError: if the group asks for a complex tensor to be projected.
     """
+    claimed = composition.inner.claims(name)
+    if claimed is not None:
+        return claimed and parameter.numel() > 0 and not parameter.is_complex()
     unwanted = group["project"] is False or group.get("rank", 0) is None
     if not composition.selective or unwanted or parameter.numel() == 0:
         return False
@@ -125,6 +128,7 @@ def check_exactness(composition: Composition, layout: Layout, parameter: Tensor)
         ValueError: naming the parameter and the part.
     """
     parts = composition.parts_for(layout)
+    parts.inner.check(layout)
     if is_quantised(parameter) and parts.inner.needs_exact_weights:
         raise ValueError(
             f"parameter {layout.name!r} is held in int8, but {type(parts.inner).__name__} needs "

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from subspan import linalg
 from subspan.subspaces.bases import Coordinates, Dense, Entries, Subspace, TwoSided
+from subspan.subspaces.fixed_columns import FixedColumns
 from subspan.subspaces.geometry import align_signs
 from subspan.subspaces.layout import Layout, StateDeclaration
 from subspan.subspaces.tucker import Tucker
 
 State = dict[str, Any]
-Form = Literal["dense", "seeded", "coordinates", "modes"]
+Form = Literal["dense", "seeded", "coordinates", "columns", "modes"]
 OneSide = Literal["left", "right"]
 
 
@@ -37,6 +38,7 @@ class Sight:
         step: the parameter's step, 1-based.
         lr_ratio: the learning rate now as a share of the first one, for finders with steps of their
             own.
+        coordinates: the gradient in coordinates of `previous`; only in `follow`.
     """
 
     gradient: Tensor
@@ -48,6 +50,7 @@ class Sight:
     state: State
     step: int
     lr_ratio: float = 1.0
+    coordinates: Tensor | None = None
 
     def stacked(self, values: Sequence[Tensor]) -> Tensor:
         """One tensor per parameter as the batch that the gradient is; alone, the tensor itself."""
@@ -72,8 +75,8 @@ def matrix_seeds(seeds: Sequence[int], layout: Layout) -> tuple[int, ...]:
 class Finder:
     """Base of all finders. Subclasses set the class attributes and implement `find`.
 
-    - form: how the basis is held: "dense" columns, a "seed", chosen "coordinates" or one factor per
-      mode ("modes").
+    - form: how the basis is held: "dense" columns, a "seed", chosen "coordinates", chosen "columns"
+      of a fixed matrix, or one factor per mode ("modes").
     - orthonormal: whether the columns are.
     - reads_gradient, reads_momentum: what `find` needs in its `Sight`.
     - supports_both_sides: whether it serves proj_type="full".
@@ -105,7 +108,7 @@ class Finder:
         """The state that holds this finder's basis for a parameter of that layout."""
         if self.form == "seeded":
             return ()
-        if self.form == "coordinates":
+        if self.form in ("coordinates", "columns"):
             # Entry numbers of one matrix fit in 31 bits; int32 halves what rand-K has to remember.
             return (StateDeclaration("index", "basis", "index", dtype=torch.int32),)
         if self.form == "modes":
@@ -126,7 +129,7 @@ class Finder:
         """The values to store for a subspace that `find` returned."""
         if self.form == "seeded":
             return {}
-        if isinstance(subspace, Coordinates | Entries):
+        if isinstance(subspace, Coordinates | Entries | FixedColumns):
             return {"index": subspace.index}
         if isinstance(subspace, Tucker):
             factors = enumerate(subspace.factors)
@@ -144,17 +147,22 @@ class Finder:
         side = layout.side
         if self.form == "seeded":
             return self._seeded(state["seed"], layout, dtype, device)
-        if self.form == "coordinates":
-            index = state["index"].long()
-            if side == "entries":
-                return Entries(index, layout.matrix)
-            return Coordinates(layout.one_side, index, layout.side_size)
+        if self.form in ("coordinates", "columns"):
+            return self.indexed(state["index"].long(), layout, dtype, device)
         if side == "modes":
             modes = range(len(layout.view))
             return Tucker(tuple(state.get(f"factor_{mode}") for mode in modes), self.orthonormal)
         if side == "both":
             return TwoSided(state["basis_left"], state["basis_right"], self.orthonormal)
         return Dense(layout.one_side, state["basis"], self.orthonormal)
+
+    def indexed(
+        self, index: Tensor, layout: Layout, dtype: torch.dtype, device: torch.device
+    ) -> Subspace:
+        """The subspace of chosen coordinates or columns."""
+        if layout.side == "entries":
+            return Entries(index, layout.matrix)
+        return Coordinates(layout.one_side, index, layout.side_size)
 
     def _seeded(
         self, seeds: Sequence[int], layout: Layout, dtype: torch.dtype, device: torch.device

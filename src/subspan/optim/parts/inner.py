@@ -42,7 +42,9 @@ class Inner:
     - elementwise: a coordinate's step depends on that coordinate alone.
     - needs_matrix: coordinates must be matrices; vectors go to `fallback()`.
     - needs_exact_weights: cannot train weights that are rounded to int8 after every step.
-    - concludes: `conclude` is called after every step with the states of all its parameters.
+    - concludes: `conclude` is called after every step with the states of all parameters that took
+      part, of all param groups with an equal inner optimizer. It may set "active" to 0 in some,
+      which hands the parameter over to its composition's idle parts.
     """
 
     elementwise: ClassVar[bool] = False
@@ -63,8 +65,23 @@ class Inner:
         """One step. `age` counts the steps since the moments started, 1-based."""
         raise TypeError(f"{type(self).__name__} does not define update()")
 
+    def counters(self, layout: Layout) -> dict[str, Any]:
+        """Numbers kept next to the declared tensors, and their start."""
+        return {}
+
+    def check(self, layout: Layout) -> None:
+        """Refuse a parameter that it cannot treat."""
+
+    def claims(self, name: str | None) -> bool | None:
+        """Whether it is for the parameter of that name; None leaves that to the usual rules."""
+        return None
+
     def conclude(self, states: list[dict[str, Any]]) -> None:
         """Draw conclusions from the states of all parameters that took part in a step."""
+
+    def shape_factor(self, layout: Layout) -> float:
+        """Factor on the learning rate that depends on the shape of the weight."""
+        return 1.0
 
     def momentum_correction(self, age: int) -> float:
         """What the first moment is multiplied with to be an unbiased average after `age` steps."""

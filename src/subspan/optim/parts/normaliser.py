@@ -78,20 +78,24 @@ class SubsetNorm(Normaliser):
 
         v_i <- b2 v_i + (1 - b2) sum_{j in subset i} G_j^2;   divisor sqrt(v_i) + eps
 
-    A sum, not a mean. b2 = 1 accumulates (AdaGrad). Nguyen, Nguyen: Subset-Norm and
-    Subspace-Momentum, 2025, arXiv 2411.07120.
+    A sum, not a mean. b2 = 1 accumulates (AdaGrad). Parameters that are not projected have a subset
+    per entry, which is Adam's second moment. Nguyen, Nguyen: Subset-Norm and Subspace-Momentum,
+    2024, arXiv 2411.07120.
 
     Args:
         beta2: averaging rate.
         eps: see above.
         subset_size: "heuristics": one subset per row if m >= n, else per column, so max(m, n)
-            numbers; n > 0: n consecutive entries of the flattened matrix; n < 0: `sqrt(d) / |n|`
-            of them. Sizes are lowered to the next divisor of the number of entries d.
+            numbers (one per entry of a vector); n > 0: n consecutive entries of the flattened
+            matrix; n < 0: `sqrt(d) / |n|` of them. Sizes are lowered to the next divisor of the
+            number of entries d.
+        everywhere: subsets also for what is not projected.
     """
 
     beta2: float = 0.999
     eps: float = 1e-6
     subset_size: int | Literal["heuristics"] = "heuristics"
+    everywhere: bool = False
 
     after: ClassVar[bool] = True
 
@@ -109,32 +113,43 @@ class SubsetNorm(Normaliser):
 
     def declare(self, layout: Layout) -> tuple[StateDeclaration, ...]:
         """One number per subset."""
-        lead, (m, n) = layout.view[:-2], layout.matrix
-        if self.subset_size == "heuristics":
-            shape = (*lead, m, 1) if m >= n else (*lead, 1, n)
-        else:
-            shape = (*lead, m * n // self._length(m * n))
-        return (StateDeclaration("subset_sq", "second_moment", shape),)
+        return (StateDeclaration("subset_sq", "second_moment", self._shape(layout)),)
 
-    def _length(self, count: int) -> int:
-        size = int(self.subset_size)
+    def _shape(self, layout: Layout) -> tuple[int, ...]:
+        """That of the gradient for subsets of one entry; else see `_sums`."""
+        lead, matrix = layout.view[:-2], layout.view[-2:]
+        count = math.prod(matrix)
+        if not (layout.projected or self.everywhere) or not count:
+            return layout.view
+        if self.subset_size == "heuristics":
+            if len(matrix) < 2:
+                return layout.view
+            m, n = matrix
+            return (*lead, m, 1) if m >= n else (*lead, 1, n)
+        size = self.subset_size
         size = min(count, size if size > 0 else max(1, int(math.sqrt(count) / -size)))
-        return next(length for length in range(size, 0, -1) if count % length == 0)
+        length = next(length for length in range(size, 0, -1) if count % length == 0)
+        return layout.view if length == 1 else (*lead, count // length)
 
     def divisor(self, gradient: Tensor, state: dict[str, Any], step: int) -> Tensor:
         """See `Normaliser`."""
-        m, n = gradient.shape[-2:]
         moment = state["subset_sq"]
-        if self.subset_size == "heuristics":
-            dim = -1 if m >= n else -2
-            sums = torch.linalg.vector_norm(gradient, dim=dim, keepdim=True).square_()
-        else:
-            length = self._length(m * n)
-            sums = torch.linalg.vector_norm(
-                gradient.reshape(*gradient.shape[:-2], -1, length), dim=-1
-            ).square_()
+        sums = self._sums(gradient, moment.shape)
         moment.mul_(self.beta2).add_(sums, alpha=(1.0 - self.beta2) or 1.0)
-        root = moment.sqrt().add_(self.eps)
-        if self.subset_size == "heuristics":
+        root: Tensor = moment.sqrt().add_(self.eps)
+        if root.shape == gradient.shape or self.subset_size == "heuristics":
             return root
+        length = gradient.numel() // root.numel()
         return root.repeat_interleave(length, -1).view(gradient.shape)
+
+    def _sums(self, gradient: Tensor, shape: torch.Size) -> Tensor:
+        """The sum of squares of every subset."""
+        if shape == gradient.shape:
+            return gradient.square()
+        if self.subset_size != "heuristics":
+            rows = gradient.reshape(*shape, -1)
+            return torch.linalg.vector_norm(rows, dim=-1).square_()
+        if shape[-1] == 1:
+            return torch.linalg.vector_norm(gradient, dim=-1, keepdim=True).square_()
+        # A norm along columns strides through memory; squaring first and summing rows does not.
+        return gradient.square().sum(-2, keepdim=True)

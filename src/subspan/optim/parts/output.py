@@ -62,32 +62,67 @@ class Update:
 
 
 @dataclass
-class Scene:
-    """What outputs and remainders work on, for one bucket.
+class Seen:
+    """What a step sees of one bucket.
 
     Args:
-        gradient: `(..., m, n)`, normalised and with error feedback added, if any.
-        coordinates: the projected gradient.
-        direction: what the inner optimizer made of it.
-        subspace: the subspace in force.
-        layout: shapes and side.
-        state: loaded state, updated in place.
-        inner: the inner optimizer.
-        lr: learning rate, a number or a tensor broadcastable to `(..., m, n)`.
+        gradient: `(..., m, n)`, normalised and with error feedback added, if any. When only
+            coordinates were accumulated, these.
+        coordinates: the projected gradient; without a subspace the gradient itself.
+        subspace: the subspace that the coordinates belong to; None: they have full size.
         momentum_loss: what the lifted first moment lost when the basis changed in this step.
-        work: scratch memory.
+        refreshed: whether the stored basis has to be written.
     """
 
     gradient: Tensor
     coordinates: Tensor
+    subspace: Subspace | None
+    momentum_loss: MomentumLoss | None
+    refreshed: bool
+
+
+@dataclass
+class Scene:
+    """What outputs and remainders work on, for one bucket with a subspace.
+
+    Args:
+        seen: gradient, coordinates and subspace.
+        direction: what the inner optimizer made of the coordinates.
+        layout: shapes and side.
+        state: loaded state, updated in place.
+        inner: the inner optimizer.
+        lr: learning rate, a number or a tensor broadcastable to `(..., m, n)`.
+        work: scratch memory.
+    """
+
+    seen: Seen
     direction: Direction
-    subspace: Subspace
     layout: Layout
     state: dict[str, Any]
     inner: Inner
     lr: Rate
-    momentum_loss: MomentumLoss | None
     work: Workspace
+
+    @property
+    def gradient(self) -> Tensor:
+        """The gradient, `(..., m, n)`."""
+        return self.seen.gradient
+
+    @property
+    def coordinates(self) -> Tensor:
+        """The projected gradient."""
+        return self.seen.coordinates
+
+    @property
+    def subspace(self) -> Subspace:
+        """The subspace in force."""
+        assert self.seen.subspace is not None
+        return self.seen.subspace
+
+    @property
+    def momentum_loss(self) -> MomentumLoss | None:
+        """What the lifted first moment lost in this step's change of basis."""
+        return self.seen.momentum_loss
 
 
 class Remainder:

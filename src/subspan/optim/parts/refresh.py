@@ -132,9 +132,10 @@ class Lazy(Refresh):
         threshold: see above, in [0, 1].
         factor: see above, at least 1.
         queue: number of similarities averaged.
-        measure: "cosine" of the leading basis vectors, its sign ignored, as in the released code
-            (which does not ignore it); "overlap" of the whole subspaces, `||Q_old^T Q_new||^2 / r`,
-            needs no stored vector.
+        measure: "cosine" of the leading basis vectors; "overlap" of the whole subspaces,
+            `||Q_old^T Q_new||^2 / r`, needs no stored vector.
+        signed: keep the sign of the cosine, as the released code does although singular vectors
+            have none. Finders that align signs make it positive anyway.
     """
 
     gap: int
@@ -142,6 +143,7 @@ class Lazy(Refresh):
     factor: float = 2.0
     queue: int = 5
     measure: Literal["cosine", "overlap"] = "cosine"
+    signed: bool = False
 
     def __post_init__(self) -> None:
         check_gap("update_proj_gap", self.gap)
@@ -180,7 +182,8 @@ class Lazy(Refresh):
                     "refresh Lazy('cosine') needs a subspace on one side; use 'overlap'"
                 )
             leading = found.dense(torch.float32)[..., 0]
-            similar = (leading * state["leading"]).sum(-1).abs()
+            similar = (leading * state["leading"]).sum(-1)
+            similar = similar if self.signed else similar.abs()
             state["leading"] = leading
         elif previous is not None:
             similar = found.overlap(previous)
