@@ -6,7 +6,7 @@ A checkpoint is checked as a whole before anything is loaded.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from subspan.optim.bucket import is_quantised
+from subspan.subspaces.layout import Layout
 
 if TYPE_CHECKING:
     from subspan.optim.engine import SubspaceOptimizer
@@ -58,16 +59,17 @@ def load(optimizer: SubspaceOptimizer, state_dict: Mapping[str, Any]) -> None:
 
 def _check_groups(optimizer: SubspaceOptimizer, saved_groups: list[dict[str, Any]]) -> None:
     own = optimizer.param_groups
+    methods = {saved.get("method", "unknown") for saved in saved_groups}
+    if methods != {own[0]["method"]}:
+        raise ValueError(
+            f"the checkpoint was written by method {', '.join(map(repr, sorted(methods)))}, "
+            f"this optimizer is {own[0]['method']!r}"
+        )
     if len(saved_groups) != len(own):
         raise ValueError(
             f"the checkpoint has {len(saved_groups)} param groups, the optimizer {len(own)}"
         )
     for number, (group, saved) in enumerate(zip(own, saved_groups, strict=True)):
-        if saved.get("method") != group["method"]:
-            raise ValueError(
-                f"the checkpoint was written by method {saved.get('method', 'unknown')!r}, "
-                f"this optimizer is {group['method']!r}"
-            )
         if len(saved["params"]) != len(group["params"]):
             raise ValueError(
                 f"param group {number} has {len(saved['params'])} parameters in the checkpoint, "
@@ -92,6 +94,7 @@ def _matched_state(
 ) -> dict[Tensor, dict[str, Any]]:
     """The checkpoint's state per parameter, with every shape checked against the declarations."""
     loaded: dict[Tensor, dict[str, Any]] = {}
+    layouts: dict[Tensor, Layout] = {}
     pairs = chain.from_iterable(
         zip(group["params"], saved["params"], strict=True)
         for group, saved in zip(optimizer.param_groups, saved_groups, strict=True)
@@ -102,6 +105,9 @@ def _matched_state(
         saved = saved_state[key]
         active = bool(saved.get("active", 1))
         layout = optimizer.layout_in(parameter, active)
+        if "rank" in saved:  # chosen by energy in the run that was saved
+            layout = replace(layout, rank=int(saved["rank"]))
+            layouts[parameter] = layout
         parts = optimizer.parts_in(parameter, active)
         slots = parts.slots(layout, parameter.dtype) if parts else {}
         state: dict[str, Any] = {}
@@ -132,4 +138,6 @@ def _matched_state(
         if missing and "step" in state:
             raise ValueError(f"the checkpoint lacks {missing[0]!r} for parameter {layout.name!r}")
         loaded[parameter] = state
+    for parameter, layout in layouts.items():
+        optimizer.set_layout(parameter, layout)
     return loaded

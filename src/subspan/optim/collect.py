@@ -142,9 +142,12 @@ def start_period(optimizer: SubspaceOptimizer, group: State, activity: Activity)
     if not late:
         return
     layouts = [optimizer.layout_of(parameter) for parameter in everyone]
-    active = activity.active(period, layouts)
+    active, always = activity.active(period, layouts), activity.always(layouts)
     for position, parameter in late:
         state: State = optimizer.state[parameter]
+        if position in always and "step" in state:
+            state["period"] = period
+            continue
         step = state.get("step", state.get("kept_step", 0))
         state.clear()
         state.update(period=period, active=int(position in active), kept_step=step)
@@ -279,11 +282,12 @@ def state_of(
                 state["seed"] = group["seed"] + layout.index + 1
             state.update(parts.refresh.counters())
         state.update(parts.inner.counters(layout))
-        _allocate(layout, parameter, parts, state)
+        allocate(layout, parameter, parts, state)
     return state
 
 
-def _allocate(layout: Layout, parameter: Tensor, parts: Composition, state: State) -> None:
+def allocate(layout: Layout, parameter: Tensor, parts: Composition, state: State) -> None:
+    """Add the tensors that the parts declare to a parameter's state."""
     codecs = parts.codecs(layout)
     for declared in parts.declarations(layout):
         slots = parts.storage.slots(declared, layout, parameter.dtype)

@@ -25,6 +25,7 @@ from subspan.optim.parts.storage import Codec, Slot, Storage
 from subspan.optim.parts.transport import Keep
 from subspan.subspaces.finders import Finder
 from subspan.subspaces.layout import PROJECTION_TYPES, Layout, StateDeclaration, check_rank
+from subspan.subspaces.ranks import EnergyRank
 
 Output = Lift | SignedLift | RescaledGradient
 
@@ -38,7 +39,7 @@ class Composition:
         plain: runs on parameters that are not projected; the inner optimizer if None.
         finder: where the subspace comes from; None: no subspace, the inner optimizer sees the whole
             gradient.
-        rank: dimension of the subspace, or a fraction of the smaller dimension.
+        rank: dimension of the subspace, a fraction of the smaller dimension, or an `EnergyRank`.
         proj_type: which side is projected: std, reverse_std, left, right, full or entries.
         tie: the side that "std" takes for square matrices.
         refresh: when the finder runs again.
@@ -69,7 +70,7 @@ class Composition:
     inner: Inner
     plain: Inner | None = None
     finder: Finder | None = None
-    rank: int | float = 1
+    rank: int | float | EnergyRank = 1
     proj_type: str = "std"
     tie: Literal["left", "right"] = "right"
     refresh: Refresh = field(default_factory=Refresh)
@@ -91,7 +92,7 @@ class Composition:
     storage: Storage = field(default_factory=Storage)
 
     def __post_init__(self) -> None:
-        if self.finder is not None:
+        if self.finder is not None and not isinstance(self.rank, EnergyRank):
             check_rank(self.rank)
         if self.proj_type not in PROJECTION_TYPES:
             raise ValueError(
@@ -145,6 +146,12 @@ class Composition:
         """Parts that the projection type or the output leaves without what they need."""
         found = []
         modes = self.proj_type == "tucker"
+        one_basis = finder.form == "dense" and self.proj_type not in ("full", "entries", "tucker")
+        if isinstance(self.rank, EnergyRank) and not (one_basis and finder.reads_gradient):
+            found.append(
+                f"rank EnergyRank and finder {_name(finder)}: ranks by energy need a stored basis "
+                "on one side, found from gradients"
+            )
         two_sided, entries = self.proj_type == "full" or modes, self.proj_type == "entries"
         if modes != (finder.form == "modes"):
             found.append(
@@ -215,6 +222,11 @@ class Composition:
                 "moment"
             )
         return found
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether every parameter of a model belongs to it, not only the blocks' matrices."""
+        return self.activity is not None and self.activity.takes_all
 
     @property
     def selective(self) -> bool:

@@ -9,6 +9,7 @@ belongs into a bucket and the state it has, `checkpoint` what may be loaded.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,13 +26,15 @@ from subspan.optim.groups import (
     check_parameters,
     is_projected,
     lay_out,
-    set_frozen,
     unique,
 )
 from subspan.optim.parts.output import Scene, Update
 from subspan.optim.parts.workspace import Workspace
 from subspan.optim.refreshing import follow, look
+from subspan.optim.resizing import adapt_ranks
+from subspan.optim.resting import follow_activity, rests, wake
 from subspan.subspaces.layout import Layout
+from subspan.subspaces.ranks import EnergyRank
 
 if TYPE_CHECKING:
     from subspan.optim.registry import Recipe
@@ -96,6 +99,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self.recipe.check_options(dict.fromkeys(given))
         param_group["params"] = unique(param_group["params"])
         check_parameters(param_group["params"])
+        wake(item[1] if isinstance(item, tuple) else item for item in param_group["params"])
         if param_group.get("rank") is not None and param_group.get("project") is None:
             param_group["project"] = True  # a group that sets a rank of its own means all of it
         super().add_param_group(param_group)
@@ -112,6 +116,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 self._positions.pop(parameter, None)
             raise
         self._compositions.append((self._snapshot(group), composition))
+        if composition.activity is not None and composition.activity.freezes:
+            follow_activity(self, group, composition.activity)
 
     def _lay_out(self, group: dict[str, Any], composition: Composition) -> None:
         """Decide how every parameter of a new group is seen."""
@@ -145,6 +151,10 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         layouts = self._layouts if active else self._idle_layouts
         return layouts.get(parameter, self._layouts[parameter])
 
+    def set_layout(self, parameter: Tensor, layout: Layout) -> None:
+        """Change how a parameter is seen; its state has to be changed with it."""
+        self._layouts[parameter] = layout
+
     def knows(self, parameter: Tensor) -> bool:
         """Whether it is one of the optimizer's."""
         return parameter in self._layouts
@@ -168,7 +178,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             )
 
     def _is_active(self, parameter: Tensor) -> bool:
-        return bool(self.state[parameter].get("active", 1)) if parameter in self.state else True
+        if parameter not in self.state:
+            return not rests(parameter)
+        return bool(self.state[parameter].get("active", 1))
 
     def _snapshot(self, group: dict[str, Any]) -> list[Any]:
         return [group[name] for name in self.recipe.structure]
@@ -190,6 +202,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         for parameter in group["params"]:
             old = self._layouts[parameter]
             layout = lay_out(group, new, parameter, old.name, old.index, old.projected)
+            if isinstance(new.rank, EnergyRank):
+                layout = replace(layout, rank=old.rank)
             before, after = composition.parts_for(old), new.parts_for(layout)
             same_state = before.declarations(old) == after.declarations(layout)
             if layout != old or not same_state or composition.storage != new.storage:
@@ -312,6 +326,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     def update_all(self, plan: Plan, work: Workspace) -> None:
         """Update parameters, given as param group, its composition, and some of its members."""
         for group, composition, members in plan:
+            adapt_ranks(self, group, composition, members)
             for parts, own in assignments(self, group, composition, members):
                 for bucket in buckets(self, own, group, parts, self._largest):
                     self._update(bucket, parts, group, work)
@@ -322,7 +337,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         for group, composition, _ in plan:
             group["steps"] += 1
             if composition.activity is not None and composition.activity.freezes:
-                set_frozen(self, group, composition.activity)
+                follow_activity(self, group, composition.activity, group["steps"] - 1)
         concluding = [(c.inner, members) for _, c, members in plan if c.inner.concludes]
         while concluding:
             inner = concluding[0][0]
@@ -387,7 +402,12 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             ValueError: for a checkpoint of another method, other parameters or another rank;
                 nothing is changed then.
         """
+        before = [group["steps"] for group in self.param_groups]
         checkpoint.load(self, state_dict)
+        for position, (group, steps) in enumerate(zip(self.param_groups, before, strict=True)):
+            activity = self.composition(position).activity
+            if activity is not None and activity.freezes:
+                follow_activity(self, group, activity, steps)
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of the optimizer's tensors by kind ("basis", ...), and their "total"."""

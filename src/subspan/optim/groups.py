@@ -10,7 +10,7 @@ from torch import Tensor
 
 from subspan.optim.bucket import is_quantised
 from subspan.optim.composition import Composition
-from subspan.optim.parts.activity import Activity
+from subspan.optim.resting import is_trainable
 from subspan.optim.selection import is_projected_by_name
 from subspan.subspaces.layout import (
     Layout,
@@ -19,9 +19,10 @@ from subspan.subspaces.layout import (
     projection_side,
     resolve_rank,
 )
+from subspan.subspaces.ranks import EnergyRank
 
 if TYPE_CHECKING:
-    from subspan.optim.engine import SubspaceOptimizer
+    pass
 
 
 def unique(parameters: Any) -> list[Any]:
@@ -75,8 +76,8 @@ def is_projected(
     unwanted = group["project"] is False or group.get("rank", 0) is None
     if not composition.selective or unwanted or parameter.numel() == 0:
         return False
-    if composition.activity is not None and composition.activity.takes_all:
-        return not parameter.is_complex()
+    if composition.takes_all and not parameter.is_complex():
+        return is_trainable(parameter)
     if parameter.dim() < 2 or (
         parameter.dim() > 2
         and composition.tensors is not None
@@ -109,6 +110,7 @@ def lay_out(
     if parts.elementwise:
         return plain
     if parts.proj_type == "tucker" and projected:
+        assert not isinstance(parts.rank, EnergyRank)
         ranks = mode_ranks(natural, parts.rank, parts.modes)
         return replace(plain, side="modes", mode_ranks=ranks)
     view = matrix_view(natural, stacked=group["stacked"]) if natural else (1,)
@@ -117,7 +119,10 @@ def lay_out(
     m, n = view[-2:]
     side = projection_side(m, n, parts.proj_type, parts.tie)
     chosen = parts.finder.form == "coordinates"
-    rank = resolve_rank(m, n, side, parts.rank, coordinates=chosen)
+    if isinstance(parts.rank, EnergyRank):
+        rank = min(m, n, parts.rank.smallest)  # until the first gradient
+    else:
+        rank = resolve_rank(m, n, side, parts.rank, coordinates=chosen)
     return replace(plain, view=view, side=side, rank=rank, complement=parts.complement)
 
 
@@ -134,17 +139,3 @@ def check_exactness(composition: Composition, layout: Layout, parameter: Tensor)
             f"parameter {layout.name!r} is held in int8, but {type(parts.inner).__name__} needs "
             "exact weights: use `subspan.layers.dequantise_linear`, or another method"
         )
-
-
-def set_frozen(optimizer: SubspaceOptimizer, group: dict[str, Any], activity: Activity) -> None:
-    """Turn `requires_grad` off for the parameters that rest in the coming step, and on for others.
-
-    Resting parameters lose their gradient, too.
-    """
-    everyone = optimizer.projected(group)
-    layouts = [optimizer.layout_of(parameter) for parameter in everyone]
-    active = activity.active(activity.period(group["steps"]), layouts)
-    for position, parameter in enumerate(everyone):
-        parameter.requires_grad_(position in active)
-        if position not in active:
-            parameter.grad = None

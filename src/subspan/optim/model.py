@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from subspan.optim.engine import SubspaceOptimizer
-from subspan.optim.registry import build
+from subspan.optim.registry import build, lookup
 from subspan.optim.selection import param_groups_for_model
 
 
@@ -38,7 +38,10 @@ def for_model(
             nothing.
         TypeError: for an option that the recipe does not have.
     """
-    groups = param_groups_for_model(model, project=project, exclude=exclude)
+    recipe = lookup(method)
+    recipe.check_options(options)
+    whole = recipe.compose({**recipe.defaults, **options}).takes_all
+    groups = param_groups_for_model(model, project=project, exclude=exclude, whole=whole)
     for group in groups:
         if plain_lr is not None and not group["project"]:
             group["lr"] = plain_lr

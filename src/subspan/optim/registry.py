@@ -21,6 +21,7 @@ from subspan.optim.parts.inner import check_non_negative
 from subspan.optim.parts.refresh import resolve_refresh
 from subspan.optim.parts.storage import Storage
 from subspan.subspaces.layout import check_rank
+from subspan.subspaces.ranks import EnergyRank
 
 # Options of the engine, which every recipe has besides its own.
 ENGINE_OPTIONS: dict[str, Any] = {
@@ -105,7 +106,7 @@ class Recipe:
             )
         if not isinstance(group["seed"], int) or group["seed"] < 0:
             raise ValueError(f"seed={group['seed']!r} must be an integer of at least 0")
-        if group.get("rank") is not None:
+        if group.get("rank") is not None and not isinstance(group["rank"], EnergyRank):
             check_rank(group["rank"])
 
     def compose(self, group: Mapping[str, Any]) -> Composition:

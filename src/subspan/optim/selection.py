@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from subspan.optim.resting import is_trainable
+
 # Token and position embeddings, output heads and norms, by the names in common architectures.
 _KEPT_WHOLE = re.compile(
     r"(^|[._])(embed\w*|embeddings?|wte|wpe|lm_head|head|heads|classifier|score|output_projection"
@@ -28,6 +30,8 @@ def param_groups_for_model(
     model: nn.Module,
     project: Sequence[str] | str | None = None,
     exclude: Sequence[str] | str | None = None,
+    *,
+    whole: bool = False,
 ) -> list[dict[str, Any]]:
     """Param groups: the matrices to project, and everything else with `project=False`.
 
@@ -44,12 +48,14 @@ def param_groups_for_model(
         project: regular expressions; if given, exactly the weights of two or more dimensions whose
             name one of them matches (anywhere) are projected.
         exclude: regular expressions; weights whose name one of them matches are not projected.
+        whole: for methods that take all of a model: one group of all its parameters, vectors,
+            embeddings, heads and norms included, except what `project` or `exclude` leave out.
 
     Raises:
         ValueError: if a pattern is no regular expression, matches no parameter, or nothing can be
             trained.
     """
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    trainable = [(name, p) for name, p in model.named_parameters() if is_trainable(p)]
     if not trainable:
         raise ValueError("model has no parameter with requires_grad=True: nothing can be trained")
     include = _patterns("project", project, trainable)
@@ -57,10 +63,10 @@ def param_groups_for_model(
     kinds = _layer_kinds(model)
     matrices, stacked, others = [], [], []
     for name, parameter in trainable:
-        wanted = parameter.dim() >= 2 and not parameter.is_complex()
+        wanted = (whole or parameter.dim() >= 2) and not parameter.is_complex()
         if include is not None:
             wanted = wanted and any(pattern.search(name) for pattern in include)
-        else:
+        elif not whole:
             kind = kinds.get(id(parameter), "expert" if parameter.dim() == 3 else "other")
             wanted = wanted and kind in ("layer", "expert") and is_projected_by_name(name)
         if exclude_patterns is not None and any(
@@ -69,7 +75,7 @@ def param_groups_for_model(
             wanted = False
         if not wanted:
             others.append((name, parameter))
-        elif parameter.dim() == 3 and id(parameter) not in kinds:
+        elif not whole and parameter.dim() == 3 and id(parameter) not in kinds:
             stacked.append((name, parameter))
         else:
             matrices.append((name, parameter))

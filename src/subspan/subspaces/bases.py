@@ -21,6 +21,7 @@ from ..linalg.indexing import add_at_, add_entries_, take, take_entries
 from ..linalg.products import add_product_, add_scaled_, product, store
 from ..linalg.random import gaussian_basis, random_orthogonal
 from ..linalg.shapes import Side, broadcast_batch, check_matrix, check_rank, check_side
+from .fixed_columns import Slots
 from .subspace import OneSided, Subspace
 
 __all__ = [
@@ -223,6 +224,11 @@ class Coordinates(OneSided):
         if isinstance(old, Coordinates):
             return _matches(self.index, old.index)
         return super().change_from(old)
+
+    def slots_from(self, previous: Subspace) -> Slots | None:
+        if isinstance(previous, Coordinates):
+            return Slots.between(self.index, previous.index, self.size)
+        return None
 
 
 @dataclass(frozen=True, eq=False)

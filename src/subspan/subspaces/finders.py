@@ -26,6 +26,11 @@ from subspan.subspaces.bases import (
     TwoSided,
 )
 from subspan.subspaces.finder import Finder, Form, OneSide, Sight, matrix_seeds
+from subspan.subspaces.finders_coap import CoapNudge
+from subspan.subspaces.finders_fixed import TopColumns
+from subspan.subspaces.finders_grassmann import GrassmannTracking, GrassmannWalk
+from subspan.subspaces.finders_online import OnlinePCA
+from subspan.subspaces.finders_sampled import ImportanceSampledSVD
 from subspan.subspaces.layout import Layout
 from subspan.subspaces.tucker import Tucker
 
@@ -353,9 +358,17 @@ class Replay(Finder):
             left, right = zip(*recorded, strict=True)
             return TwoSided(columns(list(left), m), columns(list(right), n))
         side, size = layout.one_side, layout.side_size
-        if self.form == "coordinates":
-            return Coordinates(side, stacked([value.long() for value in recorded]), size)
+        if self.form in ("coordinates", "columns"):
+            index, like = stacked([value.long() for value in recorded]), sight.gradient
+            return self.indexed(index, layout, like.dtype, like.device)
         return Dense(side, columns(recorded, size), self.orthonormal)
+
+    def indexed(
+        self, index: Tensor, layout: Layout, dtype: torch.dtype, device: torch.device
+    ) -> Subspace:
+        if self.like is None:
+            return super().indexed(index, layout, dtype, device)
+        return self.like.indexed(index, layout, dtype, device)
 
     def _recorded(self, layout: Layout, step: int) -> Any:
         key = layout.name if layout.name in self.bases else layout.index
@@ -372,6 +385,12 @@ FINDERS: dict[str, Finder] = {
     "orthogonal": RandomOrthogonal(),
     "coordinates": RandomCoordinates(),
     "gaussian": SeededGaussian(),
+    "subtrack": GrassmannTracking(),
+    "grasswalk": GrassmannWalk(),
+    "sara": ImportanceSampledSVD(),
+    "coap": CoapNudge(),
+    "dct": TopColumns(),
+    "online": OnlinePCA(),
 }
 
 

@@ -35,14 +35,15 @@ class StateDeclaration:
         shape: rule of `Layout.shape`, or the shape itself.
         fill: initial value; "parameter" copies the weight (only for the coordinates of unprojected
             tensors).
-        dtype: "storage" (the format chosen for its kind) or a fixed torch dtype.
+        dtype: "storage" (the format chosen for its kind), "compute" (float32, or float64 for float64
+            parameters: what few bits would spoil) or a fixed torch dtype.
     """
 
     name: str
     kind: Kind
     shape: str | Shape = "coordinates"
     fill: float | Literal["parameter"] = 0.0
-    dtype: torch.dtype | Literal["storage"] = "storage"
+    dtype: torch.dtype | Literal["storage", "compute"] = "storage"
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ def check_rank(rank: object) -> None:
     if not (whole or fraction):
         raise ValueError(
             f"rank={rank!r} is not possible: give a positive integer, a fraction of the smaller "
-            "dimension in (0, 1], or None for a group that is not projected"
+            "dimension in (0, 1], an EnergyRank, or None for a group that is not projected"
         )
 
 

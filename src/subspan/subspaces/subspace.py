@@ -11,6 +11,9 @@ from ..linalg.orthonormal import orthonormalise
 from ..linalg.products import add_product_, product
 from ..linalg.shapes import Side
 
+if TYPE_CHECKING:
+    from .fixed_columns import Slots
+
 
 class Subspace(ABC):
     """A subspace of the (m, n) matrices, with a basis in which its members have coordinates."""
@@ -65,6 +68,10 @@ class Subspace(ABC):
             TypeError: not defined between these kinds.
             ValueError: the two lie in different spaces.
         """
+
+    def slots_from(self, previous: "Subspace") -> "Slots | None":
+        """`change_from` as a copy by index, for two choices from the same columns; else None."""
+        return None
 
     @abstractmethod
     def overlap(self, other: "Subspace") -> Tensor:

@@ -103,6 +103,13 @@ class TrainConfig(Section):
     """Where the cosine ends, as a share of the peak learning rate."""
     clip: Annotated[float, Field(ge=0)] = 1.0
     """Largest gradient norm; 0: no clipping."""
+    update_in_backward: bool = False
+    """Update every parameter inside the backward pass and free its gradient at once."""
+    clipping: Literal["whole", "inside", "each"] = "whole"
+    """With `update_in_backward`, whose norm `clip` limits: that of all gradients, of what the
+    subspaces hold of them, or of each parameter's own."""
+    int8_weights: bool = False
+    """Hold the blocks' linear weights in int8, written back with stochastic rounding."""
 
     log_every: Positive = 10
     eval_every: Positive | None = None
@@ -126,6 +133,10 @@ class TrainConfig(Section):
     def _check(self) -> TrainConfig:
         if self.steps is not None and self.tokens is not None:
             raise ValueError("steps and tokens are both given; give one of them")
+        if self.clipping != "whole" and not self.update_in_backward:
+            raise ValueError(f"clipping={self.clipping!r} needs update_in_backward")
+        if self.update_in_backward and self.compile:
+            raise ValueError("update_in_backward cannot be combined with compile")
         if isinstance(self.warmup, int) and self.warmup > self.total_steps:
             raise ValueError(
                 f"warmup={self.warmup} steps is longer than the run of {self.total_steps} steps"

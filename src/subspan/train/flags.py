@@ -79,6 +79,28 @@ Clip = Annotated[
     float | None,
     typer.Option("--clip", help="Largest gradient norm; 0: none.", rich_help_panel=_RUN),
 ]
+UpdateInBackward = Annotated[
+    bool | None,
+    typer.Option(
+        "--update-in-backward/--no-update-in-backward",
+        help="Free each gradient as soon as it is used.",
+        rich_help_panel=_RUN,
+    ),
+]
+Clipping = Annotated[
+    str | None,
+    typer.Option(
+        "--clipping", help="With that, the norm to clip: whole, inside, each.", rich_help_panel=_RUN
+    ),
+]
+Int8Weights = Annotated[
+    bool | None,
+    typer.Option(
+        "--int8-weights/--no-int8-weights",
+        help="Hold the blocks' weights in int8.",
+        rich_help_panel=_RUN,
+    ),
+]
 EvalEvery = Annotated[
     int | None,
     typer.Option("--eval-every", help="Steps between evaluations.", rich_help_panel=_RUN),

@@ -147,6 +147,10 @@ def _prepare(config: TrainConfig, console: Console) -> Inputs:
         sequence_length=config.data.sequence_length,
         dtype="bfloat16" if config.dtype == "bfloat16" else "float32",
     )
+    if config.int8_weights:
+        from subspan.layers import quantise_linear
+
+        quantise_linear(model)
     record = {
         "corpus_hash": data.corpus_hash,
         "documents": {"training": data.documents[0], "validation": data.documents[1]},
@@ -221,7 +225,10 @@ def _record_inputs(folder: Path, config: TrainConfig, record: dict[str, Any]) ->
 
 
 def _save_final(trainer: Any, folder: Path) -> None:
+    from subspan.layers import dequantise_linear
+
     final = folder / runfolder.FINAL
+    dequantise_linear(trainer.model)
     shutil.rmtree(final, ignore_errors=True)
     with new_folder(final) as temporary:
         trainer.save_model(str(temporary))

@@ -11,7 +11,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments, de
 from subspan.train import runfolder
 from subspan.train.config import TrainConfig
 from subspan.train.errors import JobError, one_line
-from subspan.train.trainer import SubspanTrainer, build_optimizer
+from subspan.train.trainer import SubspanTrainer, attach_to_backward, build_optimizer
 
 if TYPE_CHECKING:
     from subspan.train.job import Inputs
@@ -85,7 +85,9 @@ def make_trainer(config: TrainConfig, folder: Path, inputs: Inputs) -> SubspanTr
         "exclude": config.exclude,
     }
     try:
-        build_optimizer(inputs.model, config.method, args, **grouping, **hyper)
+        trial: Any = build_optimizer(inputs.model, config.method, args, **grouping, **hyper)
+        if config.update_in_backward:
+            attach_to_backward(trial, inputs.model, args, config.clipping).detach()
     except (ValueError, TypeError) as error:
         raise JobError(f"method {config.method}: {one_line(error)}") from None
     trainer = SubspanTrainer(
@@ -97,6 +99,8 @@ def make_trainer(config: TrainConfig, folder: Path, inputs: Inputs) -> SubspanTr
         processing_class=inputs.data.tokenizer,
         method=config.method,
         hyper=hyper,
+        update_in_backward=config.update_in_backward,
+        clipping=config.clipping,
         **grouping,
     )
     trainer.remove_callback(PrinterCallback)

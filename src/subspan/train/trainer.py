@@ -25,6 +25,9 @@ from subspan.train.files import check_space
 if TYPE_CHECKING:
     from collections.abc import Collection
 
+    from subspan.optim import SubspaceOptimizer
+    from subspan.optim.backward import BackwardUpdates, Clipping
+
 _ADAM_DEFAULTS = {"betas": (0.9, 0.999), "eps": 1e-8}
 
 
@@ -168,6 +171,19 @@ def build_optimizer(
     return optimizer
 
 
+def attach_to_backward(
+    optimizer: SubspaceOptimizer, model: nn.Module, args: TrainingArguments, clipping: Clipping
+) -> BackwardUpdates:
+    """Let an optimizer update inside the backward pass, as the accumulation and clipping of `args`
+    ask for."""
+    return optimizer.attach_to_backward(
+        model,
+        accumulation_steps=args.gradient_accumulation_steps,
+        max_norm=args.max_grad_norm or None,
+        clipping=clipping,
+    )
+
+
 def _decayed_names(model: nn.Module) -> set[str]:
     # The method uses nothing of the Trainer, so its rule is at hand before there is a Trainer.
     return set(Trainer.get_decay_parameter_names(None, model))
@@ -185,6 +201,10 @@ class SubspanTrainer(Trainer):
             none: the same as of what is projected.
         project: regular expressions of names to project; none: the blocks' matrices.
         exclude: regular expressions of names of parameters never to project.
+        update_in_backward: free each gradient as soon as it is used; see
+            `subspan.optim.SubspaceOptimizer.attach_to_backward`. `max_grad_norm` is then applied
+            there, and no gradient norm is logged.
+        clipping: whose norm `max_grad_norm` limits then.
         **keywords: as in `transformers.Trainer`.
 
     Checkpoints are folders in the Hugging Face layout. One that a crash cut short is skipped by
@@ -201,9 +221,12 @@ class SubspanTrainer(Trainer):
         plain_lr: float | None = None,
         project: list[str] | None = None,
         exclude: list[str] | None = None,
+        update_in_backward: bool = False,
+        clipping: Clipping = "whole",
         **keywords: Any,
     ) -> None:
         self.method = method
+        self.update_in_backward, self.clipping = update_in_backward, clipping
         self.hyper = dict(hyper or {})
         self.grouping: dict[str, Any] = {
             "plain_lr": plain_lr,
@@ -224,6 +247,10 @@ class SubspanTrainer(Trainer):
                 **self.grouping,
                 **self.hyper,
             )
+            if self.update_in_backward:
+                own: Any = self.optimizer
+                attach_to_backward(own, built_for, self.args, self.clipping)
+                self.args.max_grad_norm = 0.0  # there is nothing left to clip after the pass
         return self.optimizer
 
     def identity(self) -> dict[str, Any]:

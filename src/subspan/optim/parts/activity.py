@@ -41,6 +41,10 @@ class Activity:
         """Positions of the active ones among the group's projected parameters."""
         raise TypeError(f"{type(self).__name__} does not define active()")
 
+    def always(self, layouts: Sequence[Layout]) -> frozenset[int]:
+        """Those that are active in every period, and keep their state over all of them."""
+        return frozenset()
+
 
 @dataclass(frozen=True)
 class Blocks(Activity):
@@ -149,9 +153,11 @@ class LayerBlocks(Activity):
         gap: steps per block.
         order: "random" is a fresh permutation of the blocks in every round; "ascending" or
             "descending".
-        blocks: regular expressions; every tuple of them is a block, and what no one matches rests.
-            None: tensors whose names share "layers.3", "h.3", "blocks.3" or the like are a block;
-            in a model without such names every tensor is.
+        blocks: every tuple of regular expressions is a block: what one of them matches, and no
+            earlier block has. None: tensors whose names share "layers.3", "h.3", "blocks.3" or the
+            like are a block; in a model without such names every tensor is.
+        others: what belongs to no block (embeddings, head, final norm) rests ("frozen"), or is
+            trained in every period ("adamw").
         first_short: the first block gets `gap - 1` steps, as in the released code.
         seed: of the random order.
     """
@@ -159,6 +165,7 @@ class LayerBlocks(Activity):
     gap: int
     order: BlockOrder = "random"
     blocks: tuple[tuple[str, ...], ...] | None = None
+    others: Literal["frozen", "adamw"] = "frozen"
     first_short: bool = False
     seed: int = 0
 
@@ -166,11 +173,13 @@ class LayerBlocks(Activity):
     takes_all: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_gap("switch_every", self.gap)
+        check_gap("switch_block_every", self.gap)
         if self.order not in ("random", "ascending", "descending"):
             raise ValueError(
                 f"switch_mode={self.order!r} is not known: use random, ascending or descending"
             )
+        if self.others not in ("frozen", "adamw"):
+            raise ValueError(f"others={self.others!r} must be frozen or adamw")
 
     def period(self, steps: int) -> int:
         """See `Activity`."""
@@ -191,15 +200,22 @@ class LayerBlocks(Activity):
 
     def active(self, period: int, layouts: Sequence[Layout]) -> frozenset[int]:
         """See `Activity`."""
-        blocks = self.partition(layouts)
+        blocks, always = self.partition(layouts), self.always(layouts)
         if not blocks:
-            return frozenset()
+            return always
         turn, place = divmod(period, len(blocks))
         if self.order == "random":
             seed = linalg.derive_seed(self.seed, turn)
-            order = linalg.random_permutation(seed, len(blocks)).tolist()
-            return blocks[order[place]]
-        return blocks[place if self.order == "ascending" else len(blocks) - 1 - place]
+            place = int(linalg.random_permutation(seed, len(blocks))[place])
+        elif self.order == "descending":
+            place = len(blocks) - 1 - place
+        return blocks[place] | always
+
+    def always(self, layouts: Sequence[Layout]) -> frozenset[int]:
+        """See `Activity`."""
+        if self.others == "frozen":
+            return frozenset()
+        return frozenset(range(len(layouts))).difference(*self.partition(layouts))
 
     def partition(self, layouts: Sequence[Layout]) -> list[frozenset[int]]:
         """The blocks as positions, in the order of the model."""

@@ -72,8 +72,6 @@ def QGaLore(
         plain=Adam(betas, eps, "torch"),
         finder=resolve_finder(finder, SVD()),
         rank=rank or 1,
-        refresh=Lazy(
-            update_proj_gap, cos_threshold, gamma_proj, queue_size, signed=signed_cosine
-        ),
+        refresh=Lazy(update_proj_gap, cos_threshold, gamma_proj, queue_size, signed=signed_cosine),
         output=Lift(scale),
     )
