@@ -33,6 +33,7 @@ from subspan.optim.composition import Composition
 from subspan.optim.parts.workspace import Workspace
 from subspan.optim.rowwise import RowwiseUpdates
 from subspan.subspaces.bases import OneSided, Subspace
+from subspan.subspaces.ranks import EnergyRank
 
 if TYPE_CHECKING:
     from subspan.optim.engine import SubspaceOptimizer
@@ -151,6 +152,11 @@ class BackwardUpdates:
                     "nonfinite='skip' checks all gradients before any update, and in the backward "
                     "pass they never exist together: use 'raise' or 'ignore'"
                 )
+            if isinstance(group.get("rank"), EnergyRank) and group["rank"].budget is not None:
+                raise ValueError(
+                    "rank=EnergyRank(budget=...) compares the gradients of all matrices, and in the "
+                    "backward pass they never exist together: give no budget"
+                )
         if self._waits and not self._lifted:
             for parameter in self._parameters():
                 self._check_coordinates_suffice(parameter)
@@ -174,11 +180,12 @@ class BackwardUpdates:
 
     @torch.no_grad()
     def _arrived(self, parameter: Tensor) -> None:
+        optimizer, gradient = self._optimizer, parameter.grad
+        if gradient is None:  # updated by rows
+            return
         if self._waits:
             self._keep_coordinates(parameter)
             return
-        optimizer, gradient = self._optimizer, parameter.grad
-        assert gradient is not None
         if self._max_norm is not None:
             gradient.mul_(_factor(torch.linalg.vector_norm(gradient), self._max_norm))
         plan = optimizer.plan([parameter])
@@ -211,6 +218,8 @@ class BackwardUpdates:
         state = optimizer.state[parameter]
         usable = parts is not None and layout.projected and parts.finder is not None
         if parts is None or not usable or not state.get("refreshed"):
+            return None
+        if "period" in state:  # of an activity, whose next one starts from a whole gradient
             return None
         if refresh_is_due(optimizer, parameter, parts, state):
             return None

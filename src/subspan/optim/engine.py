@@ -413,6 +413,10 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """Bytes of the optimizer's tensors by kind ("basis", ...), and their "total"."""
         return listing.state_bytes(self)
 
+    def memory(self) -> dict[str, int]:
+        """Bytes of weights, states and gradients that training will hold; see `listing.memory`."""
+        return listing.memory(self)
+
     def summary(self) -> str:
         """A table with parameter, shape, side, rank and state bytes."""
         return listing.summary(self)

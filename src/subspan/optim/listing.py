@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from subspan.optim.bucket import is_quantised
+
 if TYPE_CHECKING:
     from subspan.optim.engine import SubspaceOptimizer
 
@@ -39,6 +41,37 @@ def declared_bytes(optimizer: SubspaceOptimizer, parameter: Tensor) -> dict[str,
     for kind, (shape, dtype) in slots.values():
         sizes[kind] = sizes.get(kind, 0) + math.prod(shape) * dtype.itemsize
     return sizes
+
+
+def memory(optimizer: SubspaceOptimizer) -> dict[str, int]:
+    """Bytes that training holds, activations aside: known before the first step, also on "meta".
+
+    "weights", the state by kind, "largest_gradient" (what is live at most when every update happens
+    in the backward pass), "all_gradients" (otherwise), and "total" with the former.
+    """
+    weights = gradients = largest = 0
+    state: dict[str, int] = {}
+    for parameter in (member for group in optimizer.param_groups for member in group["params"]):
+        weights += weight_bytes(parameter)
+        gradient = parameter.numel() * parameter.dtype.itemsize
+        gradients, largest = gradients + gradient, max(largest, gradient)
+        for kind, size in declared_bytes(optimizer, parameter).items():
+            state[kind] = state.get(kind, 0) + size
+    return {
+        "weights": weights,
+        **state,
+        "largest_gradient": largest,
+        "all_gradients": gradients,
+        "total": weights + sum(state.values()) + largest,
+    }
+
+
+def weight_bytes(parameter: Tensor) -> int:
+    """Bytes of a weight; of one held in few bits, of its codes, scales and zeros."""
+    if not is_quantised(parameter):
+        return parameter.numel() * parameter.element_size()
+    held = (getattr(parameter, name) for name in ("codes", "scale", "zero"))
+    return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
 def summary(optimizer: SubspaceOptimizer) -> str:
