@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import subspan.optim as optim
 
 GAP = 4
-GAP_OPTIONS = ("update_proj_gap", "update_gap", "kappa")
+GAP_OPTIONS = ("update_proj_gap", "update_gap", "kappa", "switch_block_every")
 METHODS = sorted(optim.methods())
 TEXT = (
     "a subspace optimizer keeps its moments inside a small subspace of the gradient and lifts the "

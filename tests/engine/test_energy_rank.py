@@ -97,7 +97,9 @@ def test_ranks_follow_the_gradient_and_the_run_resumes_bit_for_bit(method, stora
             saved = copy.deepcopy(optimizer.state_dict())
     if method != "ldadam":  # its fed-back error is of full rank
         assert [ranks[0] for ranks in seen[::4]] == [3, 6, 2, 3]
-    shapes = {name: v.shape for name, v in optimizer.state[weights[0]].items() if hasattr(v, "shape")}
+    shapes = {
+        name: v.shape for name, v in optimizer.state[weights[0]].items() if hasattr(v, "shape")
+    }
     assert shapes["basis"][-1] == seen[-1][0] or storage == "int8"
     again, second = build()
     second.load_state_dict(saved)

@@ -48,7 +48,9 @@ def test_a_real_run_holds_what_the_plan_said(method):
 
     def arrived(parameter: torch.Tensor) -> None:
         nonlocal live, largest
-        live = sum(p.grad.untyped_storage().nbytes() for p in model.parameters() if p.grad is not None)
+        live = sum(
+            p.grad.untyped_storage().nbytes() for p in model.parameters() if p.grad is not None
+        )
         largest = max(largest, live)
 
     for parameter in model.parameters():
@@ -62,7 +64,9 @@ def test_a_real_run_holds_what_the_plan_said(method):
     for parameter in model.parameters():
         names = ("codes", "scale", "zero") if hasattr(parameter, "codes") else ("data",)
         weights += sum(getattr(parameter, name).untyped_storage().nbytes() for name in names)
-    states = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+    states = [
+        v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)
+    ]
     state = sum(tensor.untyped_storage().nbytes() for tensor in states)
     assert weights + state + largest == pytest.approx(plan["total"], rel=0.02)
     assert weights == plan["weights"]

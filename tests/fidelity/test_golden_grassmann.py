@@ -28,23 +28,24 @@ BIAS_CORRECTED = {"convention": "torch", "eps": 1e-6, **COMMON}
 READING = {"scale_residual": True, "corrected_limit": True, **BIAS_CORRECTED}
 
 TRACKING_ONLY = {"projection_aware": False, "recovery_scaling": False}
-# Options, tolerance, last step compared. At a step size of 10 the basis turns by many radians, and
+# Options, tolerance, last step compared. The released transport leaves second moments that are
+# differences of nearly equal numbers. At a step size of 10 the basis turns by many radians, and
 # rounding errors grow with every refresh.
 RELEASED: dict[str, tuple[dict[str, Any], float, int]] = {
-    "subtrackpp_tracking_only_eta0.1": ({"step_size": 0.1, **TRACKING_ONLY}, 1e-4, STEPS),
+    "subtrackpp_tracking_only_eta0.1": ({"step_size": 0.1, **TRACKING_ONLY}, 4e-6, STEPS),
     "subtrackpp_aware_only_eta0.1": ({"step_size": 0.1, "recovery_scaling": False}, 1e-4, STEPS),
     "subtrackpp_recovery_only_eta0.1": (
         {"step_size": 0.1, "projection_aware": False},
-        1e-4,
+        4e-6,
         STEPS,
     ),
     "subtrackpp_recovery_nolimiter_eta0.1": (
         {"step_size": 0.1, "projection_aware": False, "growth_limit": None},
-        1e-4,
+        4e-6,
         STEPS,
     ),
     "subtrackpp_full_eta0.1": ({"step_size": 0.1}, 1e-4, STEPS),
-    "subtrackpp_full_eta10": ({"step_size": 10.0}, 1e-3, 20),
+    "subtrackpp_full_eta10": ({"step_size": 10.0}, 1e-4, 20),
 }
 
 
@@ -189,3 +190,13 @@ def test_saras_bases_are_those_of_the_recorded_indices() -> None:
     for parameter, name in zip(optimizer.param_groups[0]["params"], MATRICES, strict=True):
         mine, theirs = optimizer.state[parameter]["basis"], bases[name][1]
         torch.testing.assert_close((mine * theirs).sum(0).abs(), torch.ones(8), rtol=0, atol=1e-5)
+
+
+def test_galore2_with_recorded_bases_equals_the_official_galore() -> None:
+    recording, _ = load("galore_adamw_std")
+    bases = Replay(recorded_bases(recording))
+    follow(
+        lambda weights: optim.build("galore2", named(weights), finder=bases, scale=0.25, **COMMON),
+        recording,
+        tolerance=2e-6,
+    )

@@ -149,7 +149,7 @@ def test_lazy_refresh_and_projection_equal_the_official_projector(name):
         for parameter, weight in weights.items():
             state = optimizer.state[weight]
             if state["refreshed"] == step:
-                log[parameter].append((step, state["gap"], state["similarities"]))
+                log[parameter].append((step, 2 * state["gap_growth"], state["similarities"]))
                 codes = recording.get(f"basis_q/{parameter}/step{step:02d}")
                 if codes is not None and name == "int4":
                     assert _unpacked(state["basis"], codes.numel(), floats[parameter][step], codes)
@@ -170,7 +170,9 @@ def _unpacked(packed, count, basis, recorded):
     if recorded.numel() != count:
         return False
     # The official right basis is stored transposed, so its groups hold other entries.
-    return torch.equal(codes, recorded.reshape(-1).to(torch.uint8)) or basis.shape[0] < basis.shape[1]
+    return (
+        torch.equal(codes, recorded.reshape(-1).to(torch.uint8)) or basis.shape[0] < basis.shape[1]
+    )
 
 
 def test_int8_weights_follow_the_requantised_float_weights():

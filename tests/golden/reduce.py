@@ -19,9 +19,22 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 KEPT = (
-    "torch_adamw", "galore_adamw_*", "galore_adafactor*", "galore_adamw8bit_states32", "fira_*",
-    "frugal_*", "flora", "flora_scaleparam", "flora_accumulation", "apollo_*", "ldadamw_*",
+    "torch_adamw", "galore_*", "fira_*", "frugal_*", "flora*", "apollo_*", "ldadamw_*", "qgalore_sim_*",
+    "qgalore_projector_*",
+    "coap_*", "subtrackpp_*", "ref_*", "osd_*", "dct_*", "trion_*", "snsm_*", "auon", "hybrid_auon*",
+    "muon_*", "swats_*", "badam_*", "lbp_wht_linear", "inputs_conv",
 )  # fmt: skip
+PREFIXES = (
+    "weight/", "basis/", "basis_float/", "basis_q/", "accgrad/", "draw/", "uniform/",
+    "basis_full/",
+)  # fmt: skip
+# Kept as they are.
+WHOLE = ("inputs", "inputs_conv", "lbp_wht_linear")
+
+
+def _is_error(path: Path, name: str) -> bool:
+    """Quantised error feedback is compared itself: weights depend on it too sensitively."""
+    return path.stem.startswith(("dct_adamw_ef8", "dct_adamw_ef4")) and "/error_feedback/" in name
 
 
 def main(source: Path, target: Path) -> None:
@@ -32,15 +45,17 @@ def main(source: Path, target: Path) -> None:
             continue
         with safe_open(path, "pt") as file:
             names = list(file.keys())
-            if path.stem != "inputs":
-                names = [n for n in names if n.startswith(("weight/", "basis/", "accgrad/"))]
+            if path.stem not in WHOLE:
+                names = [n for n in names if n.startswith(PREFIXES) or _is_error(path, n)]
             if path.stem.startswith("ldadamw"):
                 names = [name for name in names if not name.startswith("basis/")]
             tensors = {name: file.get_tensor(name) for name in names}
             metadata = file.metadata()
         for name, tensor in tensors.items():
-            if tensor.dtype == torch.int64:
+            if tensor.dtype in (torch.int64, torch.int32):
                 tensors[name] = tensor.to(torch.int16)
+            elif name.startswith("basis_q/"):
+                tensors[name] = tensor.to(torch.uint8)
         save_file(
             {name: tensor.contiguous() for name, tensor in tensors.items()},
             target / path.name,

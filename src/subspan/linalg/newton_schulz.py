@@ -13,6 +13,8 @@ def newton_schulz(
     coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
     eps: float = 1e-7,
     dtype: torch.dtype | None = None,
+    *,
+    overwrite: bool = False,
 ) -> Tensor:
     """Move all singular values of `x` towards 1 by a quintic Newton-Schulz iteration.
 
@@ -30,6 +32,7 @@ def newton_schulz(
         eps: lower bound of the norm, so that zero stays zero.
         dtype: dtype of the arithmetic and of the result; None for float32 (float64 for float64
             input), torch.bfloat16 for the arithmetic of `torch.optim.Muon`.
+        overwrite: let the iteration use the memory of `x`, which saves one matrix.
 
     Returns:
         (..., m, n).
@@ -46,15 +49,20 @@ def newton_schulz(
         raise ValueError(f"steps must be at least 0, got {steps}")
     a, b, c = coefficients
     work = x.to(dtype or compute_dtype(x.dtype))
+    fresh = overwrite or work is not x
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         work = work.mT
-    norm = torch.linalg.vector_norm(work, dim=(-2, -1), keepdim=True)
+    norm = torch.linalg.vector_norm(work, dim=(-2, -1), keepdim=True).clamp_(min=eps)
     shape = work.shape
-    work = (work / norm.clamp(min=eps)).reshape(-1, *shape[-2:])
+    work = (work.div_(norm) if fresh else work / norm).reshape(-1, *shape[-2:])
+    other: Tensor | None = None
     for _ in range(steps):
         gram = work @ work.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        work = torch.baddbmm(work, polynomial, work, beta=a)
+        del gram
+        result = torch.baddbmm(work, polynomial, work, beta=a, out=other)
+        # Two matrices take turns, unless the rounding of a given dtype must not depend on layouts.
+        work, other = result, work if dtype is None else None
     work = work.reshape(shape)
     return work.mT if tall else work

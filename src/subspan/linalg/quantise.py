@@ -78,12 +78,16 @@ def quantise_blocks(
     for start in range(0, count, step):
         part = values[start : start + step].float()
         y, k, c = (work[: part.numel()] for work in (ratio, key, found))
+        direct = grid and not packed
+        c = flat_codes[start : start + step] if direct else c
         torch.abs(part, out=y)
         for top, magnitudes, given in _by_block(block, flat_scale[start // block :], y, part):
             torch.amax(magnitudes, 1, out=top)
             # A block of zeros is divided by one. A product with 1 / scale could overflow.
             torch.div(given, (top + (top == 0)).unsqueeze(1), out=magnitudes)
         (_grid_codes if grid else _nearest_codes)(y, table, k, c)
+        if direct:
+            continue
         if packed:
             flat_codes[start // 2 :][: (c.numel() + 1) // 2].copy_(pack_nibbles(c.to(torch.uint8)))
         else:

@@ -181,7 +181,9 @@ def buckets(
                 key = (bucket.dtype, bucket.device, bucket.step, bucket.age)
                 fused.setdefault(key, []).append(bucket)
             else:
-                yield from pieces(bucket, PIECE.get(bucket.device.type, PIECE["other"]))
+                length = PIECE.get(bucket.device.type, PIECE["other"])
+                # Codes are made in larger pieces: every one costs a table look-up to set up.
+                yield from pieces(bucket, length * (4 if bucket.codecs else 1))
                 state["step"] = bucket.step
             continue
         shape = (layout.view, layout.side, layout.rank, layout.mode_ranks)

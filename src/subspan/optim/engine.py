@@ -28,11 +28,13 @@ from subspan.optim.groups import (
     lay_out,
     unique,
 )
-from subspan.optim.parts.output import Scene, Update
+from subspan.optim.parts.inner import Adam
+from subspan.optim.parts.output import Scene, Seen, Update
 from subspan.optim.parts.workspace import Workspace
 from subspan.optim.refreshing import follow, look
 from subspan.optim.resizing import adapt_ranks
 from subspan.optim.resting import follow_activity, rests, wake
+from subspan.subspaces.bases import Subspace
 from subspan.subspaces.layout import Layout
 from subspan.subspaces.ranks import EnergyRank
 
@@ -158,6 +160,15 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     def knows(self, parameter: Tensor) -> bool:
         """Whether it is one of the optimizer's."""
         return parameter in self._layouts
+
+    def subspace_of(self, parameter: Tensor) -> Subspace | None:
+        """The subspace in force for a parameter; None if it has none, or before its first step."""
+        state, parts = self.state[parameter], self.parts_of(parameter)
+        if parts is None or parts.finder is None or not state.get("refreshed"):
+            return None
+        layout = self.layout_of(parameter)
+        bucket = Bucket([parameter], [], [state], [layout], 0, 0, codecs=parts.codecs(layout))
+        return parts.finder.unpack(bucket.load(), layout, bucket.dtype, bucket.device)
 
     def place_of(self, parameter: Tensor) -> tuple[int, int]:
         """Position of a projected parameter among those of its group, and their number."""
@@ -363,6 +374,13 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         rate = 1.0 if parts.clip_rms is not None else lr * parts.lr_scale
         rate = rate * parts.inner.shape_factor(bucket.layout)
         seen = look(bucket, parts, group, state, work)
+        if parts.elementwise and isinstance(parts.inner, Adam) and _contiguous(weight, seen, state):
+            decay = group["weight_decay"]
+            parts.inner.step_weights(
+                [weight], [seen.gradient], [state], bucket.age, float(group["lr"]), decay, rate
+            )
+            self._commit(bucket, group, weight, state, False)
+            return
 
         direction = parts.inner.update(seen.coordinates, state, bucket.age, rate, work)
         update = Update(direction.value, direction.step)
@@ -375,9 +393,20 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
         if seen.subspace is not None and parts.finder is not None and parts.finder.follows:
             follow(bucket, parts, group, state, seen)
-        stochastic = group["stochastic_rounding"]
-        bucket.write_weights(weight, group["seed"], stochastic)
-        bucket.commit(state, bases=seen.refreshed, seed=group["seed"], stochastic=stochastic)
+        self._commit(bucket, group, weight, state, seen.refreshed)
+
+    def _commit(
+        self,
+        bucket: Bucket,
+        group: dict[str, Any],
+        weight: Tensor,
+        state: dict[str, Any],
+        bases: bool,
+    ) -> None:
+        """Write weights and states back where they had to be copied."""
+        stochastic, seed = group["stochastic_rounding"], group["seed"]
+        bucket.write_weights(weight, seed, stochastic)
+        bucket.commit(state, bases=bases, seed=seed, stochastic=stochastic)
         for stored in bucket.states:
             stored["step"] = bucket.step
 
@@ -435,3 +464,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         )
         own = {name: getattr(self, name) for name in kept}
         return {**super().__getstate__(), **own, "_backward": None}
+
+
+def _contiguous(weight: Tensor, seen: Seen, state: dict[str, Any]) -> bool:
+    """Whether a fused kernel may walk through weight, gradient and moments alike."""
+    tensors = (weight, seen.gradient, state["exp_avg"], state["exp_avg_sq"])
+    return all(tensor.is_contiguous() for tensor in tensors)

@@ -230,6 +230,12 @@ def methods() -> dict[str, Recipe]:
     return dict(_RECIPES)
 
 
+def _spelled(name: str) -> str:
+    """A published spelling ("SubTrack++", "GaLore 2", "APOLLO-Mini") as a key might be written."""
+    text = name.lower().replace("++", "_pp").replace("+", "_plus")
+    return text.replace("-", "_").replace(" ", "_")
+
+
 def lookup(name: str) -> Recipe:
     """The recipe of that name; published spellings ("GaLore", "APOLLO-Mini") are understood.
 
@@ -237,9 +243,12 @@ def lookup(name: str) -> Recipe:
         ValueError: naming the nearest and all known methods.
     """
     known = methods()
-    key = name.lower().replace("-", "_") if isinstance(name, str) else name
+    key = _spelled(name) if isinstance(name, str) else name
     if key in known:
         return known[key]
+    plain = {text.replace("_", ""): n for n, r in known.items() for text in (n, _spelled(r.title))}
+    if str(key).replace("_", "") in plain:
+        return known[plain[str(key).replace("_", "")]]
     near = difflib.get_close_matches(str(key), known, 1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     raise ValueError(f"method={name!r} is not known{hint}: use one of {', '.join(sorted(known))}")

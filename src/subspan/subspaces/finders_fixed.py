@@ -10,7 +10,7 @@ from torch import Tensor
 
 from subspan import linalg
 from subspan.linalg.indexing import take
-from subspan.subspaces.bases import Coordinates, Subspace
+from subspan.subspaces.bases import Coordinates, Entries, Subspace
 from subspan.subspaces.finder import Finder, Form, OneSide, Sight
 from subspan.subspaces.fixed_columns import (
     FixedColumns,
@@ -23,6 +23,8 @@ from subspan.subspaces.layout import Layout
 Matrix = Literal["dct2", "dct3", "random", "identity"]
 # Up to this width a matrix product is faster than an FFT on the CPU.
 _SMALL_WIDTH = 320
+# Entries that are transformed at once: cache-sized on the CPU, few kernels elsewhere.
+_BLOCK = {"cpu": 1 << 18, "other": 1 << 23}
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,16 @@ class TopColumns(Finder):
 
     def find(self, sight: Sight) -> Subspace:
         layout, gradient = sight.layout, sight.gradient
+        if layout.side == "entries":
+            index = gradient.abs().flatten(-2).topk(layout.rank).indices
+            return Entries(index.sort().values, layout.matrix)
         side, size = layout.one_side, layout.side_size
-        transformed = self._transform(gradient, side)
         along, across = (-2, -1) if side == "left" else (-1, -2)
-        # Sums of a temporary: norms along columns would stride through memory.
-        sizes = transformed.abs() if self.norm == 1 else transformed.square()
-        weights = sizes.sum(across)
+        transformed, weights = self._transform(gradient, side), gradient.new_zeros(())
+        # A norm along columns would stride through memory.
+        size_of = torch.abs if self.norm == 1 else torch.square
+        for block in transformed.split(_block(gradient, across), across):
+            weights = weights + size_of(block).sum(across)
         index = weights.topk(layout.rank).indices.sort().values
         if sight.previous is not None:
             assert isinstance(sight.previous, FixedColumns | Coordinates)
@@ -108,9 +114,19 @@ class TopColumns(Finder):
         """G Q or Qᵀ G."""
         if self.form == "coordinates":
             return gradient
-        dim = -2 if side == "left" else -1
-        size, name = gradient.shape[dim], self._fixed(side)
+        along, across = (-2, -1) if side == "left" else (-1, -2)
+        size, name = gradient.shape[along], self._fixed(side)
         if name != "random" and size > _SMALL_WIDTH:
-            return linalg.dct(gradient, dim, inverse=name == "dct3")
+            result, length = torch.empty_like(gradient), _block(gradient, across)
+            blocks = zip(gradient.split(length, across), result.split(length, across), strict=True)
+            for block, target in blocks:
+                target.copy_(linalg.dct(block, along, inverse=name == "dct3"))
+            return result
         vectors = self.vectors(side, size, gradient.dtype, gradient.device)
         return vectors @ gradient if side == "left" else gradient @ vectors.mT
+
+
+def _block(x: Tensor, dim: int) -> int:
+    """How many slices along a dimension to treat at once, to keep temporaries small."""
+    entries = _BLOCK.get(x.device.type, _BLOCK["other"])
+    return max(1, entries * x.shape[dim] // max(1, x.numel()))

@@ -44,7 +44,7 @@ def track(basis: Tensor, x: Tensor, step: float) -> Tensor:
     basis = _polished(basis)
     if basis.shape[-1] == basis.shape[-2]:
         return basis  # nothing is outside of it
-    # Projected twice: the first time leaves a part inside as large as the product's rounding errors,
+    # Projected twice: once leaves a part inside that is as large as the product's rounding errors,
     # which is not small against the rest when the gradient lies almost inside the subspace.
     product = x @ (basis.mT @ x).mT
     descent = horizontal(basis, horizontal(basis, product)).mul_(-2.0)

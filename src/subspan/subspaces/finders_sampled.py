@@ -108,8 +108,9 @@ class HeadSketch(Finder):
 
     Of a query, key or value projection with a basis on the right, the rows of one head (of as many
     as the rank needs), drawn at every refresh, are sketched instead of all rows; of an output
-    projection with a basis on the left, the columns of one head. All other matrices are sketched
-    whole. The sketch is randomised subspace iteration, warm-started from the previous basis.
+    projection with a basis on the left, the columns of one head. They are known by their usual
+    names (q_proj, wq, query, attention.output, ...); all other matrices are sketched whole. The
+    sketch is randomised subspace iteration, warm-started from the previous basis.
 
     Args:
         head_dim: features per head. Matrices that do not divide into heads are sketched whole, and

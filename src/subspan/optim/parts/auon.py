@@ -67,14 +67,23 @@ class AuON(Inner):
         """See the class."""
         value = averaged_ahead(coordinates, state, self.momentum, True, work)
         if self.steps:
-            value = linalg.newton_schulz(value, self.steps)
+            value = linalg.newton_schulz(value, self.steps, overwrite=True)
         norm = torch.linalg.vector_norm(value, dim=(-2, -1), keepdim=True).add_(1e-7)
         scale = norm.reciprocal()
         gamma = self.gamma if self.as_released else 1.0
-        spread = torch.mul(value, gamma * scale, out=work.like(value)).cosh_()
-        m, n = coordinates.shape[-2:]
-        rms = torch.linalg.vector_norm(spread, dim=(-2, -1), keepdim=True).div_((m * n) ** 0.5)
-        factor = rms.add_(1e-8).reciprocal_()
+        factor = _rms_cosh(value, gamma * scale).add_(1e-8).reciprocal_()
         if not self.as_released:
+            m, n = coordinates.shape[-2:]
             factor.mul_(scale).mul_(max(1.0, m / n) ** 0.5)
         return Direction(value.mul_(factor), lr)
+
+
+def _rms_cosh(x: Tensor, factor: Tensor) -> Tensor:
+    """Root mean square of `cosh(factor x)` over each matrix, `(..., 1, 1)`.
+
+    Taken in a few pieces, to need no temporary of the size of `x`.
+    """
+    m, n = x.shape[-2:]
+    pieces = x.split(max(1, -(-m // 8)), dim=-2)
+    squares = (torch.cosh(piece * factor).square_().sum((-2, -1), keepdim=True) for piece in pieces)
+    return torch.stack(list(squares)).sum(0).div_(m * n).sqrt_()

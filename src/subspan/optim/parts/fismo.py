@@ -93,10 +93,10 @@ class FISMO(Inner):
         kept, due = self.every > 1, (age - 1) % self.every == 0
         old_root = state["right_root"] if kept else inverse_root(right)
         whitened = coordinates @ old_root
-        self._average(left, whitened @ whitened.mT / n)
+        self._average(left, (whitened @ whitened.mT).div_(n))
         left_root = inverse_root(left) if due else state["left_root"]
         whitened = left_root @ coordinates
-        self._average(right, whitened.mT @ whitened / m)
+        self._average(right, (whitened.mT @ whitened).div_(m))
         right_root = inverse_root(right) if due else old_root
         if kept and due:
             state["left_root"].copy_(left_root)
@@ -109,13 +109,17 @@ class FISMO(Inner):
         return Direction(left_root @ turned @ right_root, lr)
 
     def _average(self, factor: Tensor, sample: Tensor) -> None:
-        """Average a damped sample into a factor and bring its mean eigenvalue to 1; in place."""
+        """Average a damped sample into a factor and bring its mean eigenvalue to 1; in place.
+
+        The sample is overwritten.
+        """
         size = factor.shape[-1]
         diagonal = factor.diagonal(dim1=-2, dim2=-1)
         damping = self.damping * diagonal.mean(-1, keepdim=True)
         factor.lerp_(sample, 1.0 - self.gamma)
         diagonal.add_(damping, alpha=1.0 - self.gamma)
-        factor.copy_((factor + factor.mT).mul_(0.5 * size / diagonal.sum(-1)[..., None, None]))
+        torch.add(factor, factor.mT, out=sample)
+        factor.copy_(sample.mul_(0.5 * size / diagonal.sum(-1)[..., None, None]))
 
 
 def inverse_root(factor: Tensor) -> Tensor:
@@ -125,7 +129,8 @@ def inverse_root(factor: Tensor) -> Tensor:
     """
     values, vectors = torch.linalg.eigh(factor)
     floor = values[..., -1:] * (factor.shape[-1] * torch.finfo(factor.dtype).eps)
-    return (vectors * values.maximum(floor).rsqrt().unsqueeze(-2)) @ vectors.mT
+    vectors.mul_(values.maximum(floor).pow_(-0.25).unsqueeze(-2))
+    return vectors @ vectors.mT
 
 
 def polar_factor(x: Tensor) -> Tensor:

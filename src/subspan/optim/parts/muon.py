@@ -95,16 +95,20 @@ class Muon(Inner):
         if self.momentum:
             ahead = averaged_ahead(coordinates, state, self.momentum, self.nesterov, work)
         dtype = torch.bfloat16 if self.arithmetic == "bfloat16" else None
-        value = linalg.newton_schulz(ahead, self.steps, self.coefficients, self.eps, dtype)
+        settings = (self.steps, self.coefficients, self.eps, dtype)
+        scratch = self.nesterov and self.momentum > 0  # else it is the state or the coordinates
+        value = linalg.newton_schulz(ahead, *settings, overwrite=scratch)
         return Direction(value.to(coordinates.dtype), lr)
 
 
 def averaged_ahead(
     coordinates: Tensor, state: dict[str, Any], momentum: float, nesterov: bool, work: Workspace
 ) -> Tensor:
-    """The average of past coordinates, or its Nesterov form, which must not be written to.
+    """The average of past coordinates, or its Nesterov form.
 
         M <- momentum M + (1 - momentum) R;  (1 - momentum) R + momentum M, or M
+
+    The Nesterov form is scratch memory; the average is the state itself.
 
     Args:
         coordinates: R.

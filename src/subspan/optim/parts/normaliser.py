@@ -133,9 +133,11 @@ class SubsetNorm(Normaliser):
 
     def divisor(self, gradient: Tensor, state: dict[str, Any], step: int) -> Tensor:
         """See `Normaliser`."""
-        moment = state["subset_sq"]
-        sums = self._sums(gradient, moment.shape)
-        moment.mul_(self.beta2).add_(sums, alpha=(1.0 - self.beta2) or 1.0)
+        moment, share = state["subset_sq"].mul_(self.beta2), (1.0 - self.beta2) or 1.0
+        if moment.shape == gradient.shape:
+            moment.addcmul_(gradient, gradient, value=share)
+        else:
+            moment.add_(self._sums(gradient, moment.shape), alpha=share)
         root: Tensor = moment.sqrt().add_(self.eps)
         if root.shape == gradient.shape or self.subset_size == "heuristics":
             return root
@@ -144,8 +146,6 @@ class SubsetNorm(Normaliser):
 
     def _sums(self, gradient: Tensor, shape: torch.Size) -> Tensor:
         """The sum of squares of every subset."""
-        if shape == gradient.shape:
-            return gradient.square()
         if self.subset_size != "heuristics":
             rows = gradient.reshape(*shape, -1)
             return torch.linalg.vector_norm(rows, dim=-1).square_()

@@ -164,12 +164,12 @@ class Lazy(Refresh):
         return (StateDeclaration("leading", "basis", shape, dtype=torch.float32),)
 
     def counters(self) -> State:
-        """The gap in force and the last similarities."""
-        return {"gap": self.gap, "similarities": []}
+        """By how much the gap has grown, and the last similarities."""
+        return {"gap_growth": 1.0, "similarities": []}
 
     def scheduled(self, step: int, position: int, count: int, state: Mapping[str, Any]) -> int:
         """See `Refresh.scheduled`."""
-        gap = int(state.get("gap", self.gap))
+        gap = self.gap_in_force(state.get("gap_growth", 1.0))
         return (step - 1) // gap * gap + 1
 
     def found(
@@ -189,18 +189,22 @@ class Lazy(Refresh):
             similar = found.overlap(previous)
         if previous is None:
             return
-        rows = similar.reshape(len(state["gap"]), -1).mean(-1).tolist()
+        rows = similar.reshape(len(state["gap_growth"]), -1).mean(-1).tolist()
         recent = [
             [*past, value][-self.queue :]
             for past, value in zip(state["similarities"], rows, strict=True)
         ]
         state["similarities"] = recent
-        state["gap"] = [
-            int(gap * self.factor)
+        state["gap_growth"] = [
+            growth * self.factor
             if len(last) == self.queue and sum(last) / self.queue >= self.threshold
-            else gap
-            for gap, last in zip(state["gap"], recent, strict=True)
+            else growth
+            for growth, last in zip(state["gap_growth"], recent, strict=True)
         ]
+
+    def gap_in_force(self, growth: float) -> int:
+        """Steps between refreshes of a parameter whose gap has grown so much."""
+        return int(self.gap * growth)
 
 
 def resolve_refresh(choice: str | Refresh | None, own: Refresh) -> Refresh:

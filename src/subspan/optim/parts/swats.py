@@ -93,10 +93,8 @@ class WatchedAdam(Inner):
         """See the class."""
         direction = self.adam.update(coordinates, state, age, lr, work)
         value, step = direction.value, direction.step
-        dims = (-2, -1) if coordinates.dim() > 1 else (-1,)
-        products = torch.mul(value, coordinates, out=work.like(value))
-        state["step_along_gradient"].copy_(products.sum(dims) * step)
-        state["step_sq"].copy_(torch.linalg.vector_norm(value, dim=dims).mul_(step).square_())
+        state["step_along_gradient"].copy_(_product(value, coordinates).mul_(step))
+        state["step_sq"].copy_(_product(value, value).mul_(step * step))
         state["latest_lr"] = [float(lr)] * len(state["latest_lr"])
         return direction
 
@@ -172,6 +170,15 @@ class ScaledMomentum(Inner):
         moment = state["momentum_buffer"].mul_(self.momentum).add_(coordinates)
         step = lr * (1.0 - self.momentum) * state["sgd_lr"][0] / state["lr_at_switch"][0]
         return Direction(work.like(coordinates).copy_(moment), step)
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """<x, y> of vectors `(n,)`, or of each matrix `(..., m, n)`, in a few pieces."""
+    if x.dim() > 1:
+        x, y = x.flatten(-2), y.flatten(-2)
+    length = max(1, -(-x.shape[-1] // 8))
+    pairs = zip(x.split(length, -1), y.split(length, -1), strict=True)
+    return torch.stack([(a * b).sum(-1) for a, b in pairs]).sum(0)
 
 
 def _products(states: list[State]) -> list[tuple[float, float]]:

@@ -21,6 +21,7 @@ from subspan.optim.recipes.online_subspace_descent import OnlineSubspaceDescent
 from subspan.optim.recipes.polynomial import Polynomial
 from subspan.optim.recipes.q_galore import QGaLore
 from subspan.optim.recipes.sara import SARA
+from subspan.optim.recipes.sgd import SGD
 from subspan.optim.recipes.subset_norm import AdamSNSM, SubsetNorm, SubspaceMomentum
 from subspan.optim.recipes.subtrack import SubTrackPP
 from subspan.optim.recipes.swats import SWATS
@@ -34,12 +35,13 @@ __all__ = [
     "FRUGAL",
     "GUM",
     "SARA",
+    "SGD",
     "SWATS",
     "APOLLOMini",
-    "BAdam",
     "AdamSNSM",
     "AdamW",
     "AuON",
+    "BAdam",
     "DCTAdamW",
     "Fira",
     "Flora",
@@ -53,8 +55,10 @@ __all__ = [
     "Muon",
     "OnlineSubspaceDescent",
     "Polynomial",
+    "QGaLore",
     "SubTrackPP",
     "SubsetNorm",
     "SubspaceMomentum",
+    "TensorGaLore",
     "Trion",
 ]

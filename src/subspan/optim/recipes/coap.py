@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from subspan.optim.composition import Composition
 from subspan.optim.parts.activity import check_gap
 from subspan.optim.parts.output import Lift
@@ -11,6 +13,7 @@ from subspan.optim.recipes.galore import galore_inner
 from subspan.optim.registry import recipe
 from subspan.subspaces.finders import Finder, resolve_finder
 from subspan.subspaces.finders_coap import CoapNudge
+from subspan.subspaces.finders_coap_tucker import CoapTuckerNudge
 
 
 @recipe(
@@ -20,7 +23,7 @@ from subspan.subspaces.finders_coap import CoapNudge
     lr=1e-3,
     memory="rm + 2rn (rm + r + n, + rn with beta1, for Adafactor)",
     evidence=(
-        "record: coap_adamw{,_restore}, coap_adafactor{,_restore}, with recorded bases and with "
+        "record: coap_adamw{,_restore,8bit}, coap_adamw_conv{,_restore}, coap_adafactor{,_restore}, with recorded bases and with "
         "bases of its own (sketch_seed=3407)",
         "law: the nudge is the derivative that autograd takes of the published loss; at the best "
         "subspace without momentum it vanishes",
@@ -37,7 +40,8 @@ from subspan.subspaces.finders_coap import CoapNudge
         "A rank above the smaller dimension means full rank; the code trains such matrices "
         "plainly. A fraction is rounded to the nearest rank; the code's rank_ratio_matrix rounds "
         "down.",
-        "Convolutions are read as matrices.",
+        "Kernels of one pixel have a factor on both channel modes as larger ones have; the code "
+        "gives them one on the output channels only.",
     ),
 )
 def COAP(
@@ -58,8 +62,10 @@ def COAP(
     scale_parameter: bool = False,
     nudge_lr: float = 0.1,
     sketch_seed: int | None = None,
+    rank_ratio_cnn: float | None = 2.0,
     stagger: bool = False,
     finder: str | Finder = "coap",
+    conv_finder: Finder | None = None,
 ) -> Composition:
     """Adam (or Adafactor) in a subspace that is improved by gradient descent instead of an SVD.
 
@@ -91,8 +97,12 @@ def COAP(
         scale_parameter: multiply lr with max(1e-3, rms(W)) (adafactor).
         nudge_lr: step size of the basis.
         sketch_seed: seed of the first basis for all parameters; None derives them from `seed`.
+        rank_ratio_cnn: convolution kernels of more than 9216 entries keep `1 / sqrt(ratio)` of
+            their output and input channels, smaller ones are trained plainly; None reads kernels
+            as matrices.
         stagger: spread the refreshes of different matrices over the gap.
-        finder: "coap", or any `Finder`.
+        finder: "coap", or any `Finder`, for matrices.
+        conv_finder: replaces the finder of convolution kernels.
     """
     check_gap("update_proj_gap", update_proj_gap)
     check_gap("reproject_factor", reproject_factor)
@@ -100,8 +110,9 @@ def COAP(
         inner, betas, eps, correct_bias, "hf", beta1, clip_threshold, decay_rate
     )
     reads_momentum = core.first_moment is not None
-    own = CoapNudge(update_proj_gap * reproject_factor, reads_momentum, nudge_lr, sketch_seed)
-    return Composition(
+    recompute = update_proj_gap * reproject_factor
+    own = CoapNudge(recompute, reads_momentum, nudge_lr, sketch_seed)
+    matrices = Composition(
         inner=core,
         plain=plain,
         finder=resolve_finder(finder, own),
@@ -112,3 +123,16 @@ def COAP(
         output=Lift(scale),
         parameter_scale=1e-3 if inner == "adafactor" and scale_parameter else None,
     )
+    if rank_ratio_cnn is None:
+        return matrices
+    if not rank_ratio_cnn >= 1.0:
+        raise ValueError(f"rank_ratio_cnn={rank_ratio_cnn!r} must be at least 1, or None")
+    nudge = CoapTuckerNudge(recompute, reads_momentum, nudge_lr)
+    kernels = replace(
+        matrices,
+        finder=nudge if conv_finder is None else resolve_finder(conv_finder, nudge),
+        rank=rank_ratio_cnn**-0.5,
+        proj_type="tucker",
+        modes=2,
+    )
+    return replace(matrices, tensors=kernels, tensors_above=32 * 32 * 9)

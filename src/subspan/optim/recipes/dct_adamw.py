@@ -21,7 +21,9 @@ from subspan.subspaces.finders_fixed import TopColumns
     "width",
     evidence=(
         "record: dct_adamw_{plain,gap,ef_rotate,ef_rotate_gap,l2_ef_rotate,makhoul_ef_rotate,"
-        "randqr_ef_rotate}; with the released quantisers ef8_rotate, ef4_rotate",
+        "randqr_ef_rotate}; with the released quantisers, and moments that start again, "
+        "ef8_rotate, ef4_rotate",
+        "record: the published formulas in float64",
         "law: chosen are the columns of largest norm; what stays chosen keeps its slot and moments",
         "limit: at full rank it is AdamW in the basis of all cosines",
     ),
@@ -29,8 +31,10 @@ from subspan.subspaces.finders_fixed import TopColumns
         "Error feedback and rotation are on, as in the paper; the code's constructor has both off.",
         "Columns that stay chosen keep their slots, so rotate=False mixes nothing but new columns "
         "with the moments of those they replace. The code orders slots as topk happens to.",
-        "New columns start from moments of exactly zero; the code multiplies by a matrix that is 0 "
-        "and 1 up to rounding.",
+        "Moments are copied from slot to slot, and new columns start from exactly zero. The code "
+        "multiplies by a matrix that is 0 and 1 up to rounding and writes the product over the "
+        "moments while reading them, which leaves nothing but zeros on some machines, that of the "
+        "recordings among them.",
         "The error is quantised to 255 or 15 levels by storage={'error': 'rows8'} or 'rows4'. The "
         "code's 8-bit form has 16 levels and its 4-bit form returns entries permuted: "
         "'rows8-released' and 'rows4-released'.",

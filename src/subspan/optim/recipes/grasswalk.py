@@ -30,8 +30,8 @@ _DEPARTURES = (
     lr=1e-3,
     memory="rm + 2rn + 1",
     evidence=(
-        "record: the formulas in float64, with recorded draws: ref_grasswalk_eta0.1 (no official "
-        "trajectory exists)",
+        "record: the formulas in float64, with recorded draws: ref_grasswalk_eta0.1, which reads "
+        "them as SubTrack++'s (no official trajectory exists)",
         "law: the basis stays orthonormal over 1000 refreshes; the walk is the exponential map "
         "computed from the SVD of the direction",
         "limit: step_size 0 is one fixed subspace",
@@ -106,9 +106,9 @@ def GrassWalk(
     lr=1e-3,
     memory="rm + 2rn + 1; 2rn + 1 with storage={'basis': 'seed'}",
     evidence=(
-        "record: the formulas in float64, with recorded draws: ref_grassjump (no official "
-        "trajectory exists)",
-        "law: the basis is orthonormal and uniformly distributed",
+        "record: the formulas in float64, with recorded draws: ref_grassjump, which reads them as "
+        "SubTrack++'s (no official trajectory exists)",
+        "law: the basis is orthonormal; one drawn again from its seed gives the same run",
     ),
     departures=(
         *_DEPARTURES,

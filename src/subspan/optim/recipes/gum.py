@@ -25,13 +25,13 @@ from subspan.subspaces.finders import Finder, RandomizedSVD, resolve_finder
         "limit: with q = 0 it is GaLore with Muon",
     ),
     departures=(
-        "The momentum rate, learning rate and shape factor are not stated where we could read: 0.95 "
-        "without Nesterov's step, and adjust_lr_fn='match_rms_adamw', so that one learning rate "
-        "serves Adam's parameters, too.",
+        "Momentum rate, learning rate and shape factor are unverified: 0.95 without Nesterov's "
+        "step, and adjust_lr_fn='match_rms_adamw', so that one learning rate serves Adam's "
+        "parameters, too.",
         "gamma draws exactly so many layers per period, without replacement, which bounds memory; "
         "with q every layer is drawn by a coin of its own.",
-        "The weights 1 / (1 - q) and 1 / q are constant within a period and cancel in Newton-Schulz;"
-        " they are applied in the form with q only.",
+        "The weights 1 / (1 - q) and 1 / q are constant within a period and cancel in "
+        "Newton-Schulz; they are applied in the form with q only.",
         "The default finder is a randomised SVD; finder='svd' is the published one.",
     ),
 )

@@ -28,13 +28,13 @@ _OPTIMIZERS: dict[str, type[BasisOptimizer]] = {
 
 @recipe(
     "online_subspace_descent",
-    paper="Liang, Liu, Chen, Liu: Memory-Efficient LLM Training with Online Subspace Descent, 2024, "
-    "arXiv 2408.12857",
+    paper="Liang, Liu, Chen, Liu: Memory-Efficient LLM Training with Online Subspace Descent, "
+    "2024, arXiv 2408.12857",
     lr=1e-2,
     memory="rm + 2rn, + 2rm for the projection's AdamW (sgd 0, lion rm, adafactor r + m)",
     evidence=(
         "record: osd_adamw_p_{adamw,sgd,lion,adafactor}, osd_adamw_random, osd_lion_p_adamw",
-        "law: the projection's derivative equals automatic differentiation of the loss",
+        "record: the published formulas in float64, with the loss differentiated automatically",
         "limit: with projection_lr 0 the first subspace stays in force",
     ),
     departures=(
@@ -59,7 +59,7 @@ def OnlineSubspaceDescent(
     update_gap: int = 200,
     proj_type: str = "std",
     inner: str = "adamw",
-    betas: tuple[float, float] | None = None,
+    betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-6,
     finder: str | Finder = "online",
 ) -> Composition:
@@ -81,7 +81,7 @@ def OnlineSubspaceDescent(
         update_gap: steps between new bases ("random").
         proj_type: std, reverse_std, left or right.
         inner: "adamw", "adafactor", or "lion" (whose sign is taken after the lift).
-        betas: averaging rates; None: (0.9, 0.999) for adamw, (0.9, 0.99) for lion.
+        betas: averaging rates (adamw, lion; Lion's own are (0.9, 0.99)).
         eps: added to the root of the second moment before the bias correction (adamw).
         finder: "online", or any `Finder`.
     """
@@ -106,14 +106,13 @@ def OnlineSubspaceDescent(
     )
 
 
-def _inner(inner: str, betas: tuple[float, float] | None, eps: float) -> tuple[Inner, Inner]:
+def _inner(inner: str, betas: tuple[float, float], eps: float) -> tuple[Inner, Inner]:
     """The inner optimizer on the coordinates, and the one for what is not projected."""
     if inner == "adamw":
-        adam = Adam(betas or (0.9, 0.999), eps, "hf")
+        adam = Adam(betas, eps, "hf")
         return adam, adam
     if inner == "lion":
-        rates = betas or (0.9, 0.99)
-        return Lion(rates, signed=False), Lion(rates)
+        return Lion(betas, signed=False), Lion(betas)
     if inner == "adafactor":
         return Adafactor(), Adafactor()
     raise ValueError(f"inner={inner!r} is not known: use adamw, adafactor or lion")

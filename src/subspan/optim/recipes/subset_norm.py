@@ -64,7 +64,7 @@ _MOMENTUM = (
     memory="mn + n (rmsprop: n)",
     evidence=(
         "record: snsm_{adamw,adagrad,rmsprop}_sn_heuristics, snsm_adamw_sn_{subset16,half_sqrt}, "
-        "snsm_adamwsn_general",
+        "snsm_adamwsn_general; the published formulas in float64",
         "limit: subsets of one entry are Adam",
     ),
     departures=(_DECAY,),
@@ -149,8 +149,8 @@ def SubspaceMomentum(
     lr=5e-2,
     memory="rm + rn + n",
     evidence=(
-        "record: snsm_adamw_snsm_{svd,uniform,topk}, snsm_adagrad_snsm_svd with as_released=True",
-        "limit: at full rank it is Subset-Norm",
+        "record: snsm_adamw_snsm_{svd,uniform,topk}, snsm_adagrad_snsm_svd with as_released=True; "
+        "the published formulas in float64",
     ),
     departures=(*_MOMENTUM, _DECAY),
 )

@@ -23,8 +23,9 @@ from subspan.subspaces.finders_grassmann import GrassmannTracking
     memory="rm + 2rn + 1",
     evidence=(
         "record: with as_released=True, subtrackpp_full_eta{0.1,10} and "
-        "subtrackpp_{tracking_only,aware_only,recovery_only,recovery_nolimiter}_eta0.1; by default "
-        "the paper's formulas in float64, ref_subtrackpp_paper_eta0.1",
+        "subtrackpp_{tracking_only,aware_only,recovery_only,recovery_nolimiter}_eta0.1; without it "
+        "the paper's formulas in float64, ref_subtrackpp_paper_eta0.1 (which reads them with "
+        "scale_residual, corrected_limit and convention='torch')",
         "law: the basis stays orthonormal over 1000 refreshes; a short step lowers the projection "
         "error; the step is that of the explicit residual's SVD",
         "limit: step_size 0 is one fixed subspace",

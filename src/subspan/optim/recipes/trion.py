@@ -21,12 +21,12 @@ _FACTORS: dict[str, Adjust] = {
 
 @recipe(
     "trion",
-    paper="Modoranu et al.: FFT-based Dynamic Subspace Selection for Low-Rank Adaptive Optimization "
-    "of Large Language Models, 2025, arXiv 2505.17967",
+    paper="Modoranu et al.: FFT-based Dynamic Subspace Selection for Low-Rank Adaptive "
+    "Optimization of Large Language Models, 2025, arXiv 2505.17967",
     lr=2e-2,
     memory="mn + r indices; one m x m matrix shared by all layers of a width",
     evidence=(
-        "record: trion_{kj,dion} with as_released=True",
+        "record: trion_{kj,dion} with as_released=True; the published formulas in float64",
         "limit: at full rank it is Muon without Nesterov's step",
     ),
     departures=(

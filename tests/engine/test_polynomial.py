@@ -1,0 +1,325 @@
+"""Polynomial preconditioning: the algebra of its polynomials, and what they do to a quadratic."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import subspan.optim as optim
+from subspan import linalg
+from subspan.optim.parts.polynomial import (
+    Curvature,
+    conjugate_gradients,
+    largest_eigenvalue,
+    scaled_preconditioner,
+    symmetric_preconditioner,
+)
+
+
+def random(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def with_spectrum(values: list[float], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """A symmetric matrix with those eigenvalues, and its eigenvectors as columns."""
+    vectors = linalg.orthonormalise(random(seed, len(values), len(values)))
+    return vectors @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ vectors.T, vectors
+
+
+def elementary(values: list[float], degree: int) -> float:
+    """Sum of the products of all choices of `degree` values."""
+    return sum(math.prod(chosen) for chosen in itertools.combinations(values, degree))
+
+
+# ---------------------------------------------------------------- the algebra
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_first_and_last_polynomial_are_those_of_newton(seed):
+    size = 6
+    b = random(seed, size, size)
+    b = b @ b.T
+    eye = torch.eye(size, dtype=torch.float64)
+    torch.testing.assert_close(symmetric_preconditioner(b, 0), eye)
+    torch.testing.assert_close(symmetric_preconditioner(b, 1), b.trace() * eye - b)
+    last = symmetric_preconditioner(b, size - 1)
+    torch.testing.assert_close(last, torch.linalg.det(b) * torch.linalg.inv(b))
+    torch.testing.assert_close(symmetric_preconditioner(b, size), 0 * b, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("degree", range(6))
+def test_eigenvalues_are_the_elementary_polynomials_of_the_others(degree):
+    values = [7.0, 3.0, 2.0, 1.0, 0.5, 0.1]
+    b, vectors = with_spectrum(values)
+    p = symmetric_preconditioner(b, degree)
+    for i, vector in enumerate(vectors.T):
+        others = values[:i] + values[i + 1 :]
+        torch.testing.assert_close(p @ vector, elementary(others, degree) * vector)
+
+
+@pytest.mark.parametrize("degree", [1, 2, 3, 4])
+def test_it_equals_the_published_recursion(degree):
+    b = random(3, 7, 7)
+    b = b @ b.T
+    eye = torch.eye(7, dtype=torch.float64)
+    powers = [torch.linalg.matrix_power(b, i) for i in range(degree + 1)]
+    polynomials = [eye]
+    for order in range(1, degree + 1):
+        terms = (
+            (-1) ** (i - 1) * polynomials[order - i] @ (powers[i].trace() * eye - powers[i])
+            for i in range(1, order + 1)
+        )
+        polynomials.append(sum(terms) / order)
+    torch.testing.assert_close(symmetric_preconditioner(b, degree), polynomials[-1])
+
+
+@pytest.mark.parametrize("size", [1, 5, 40])
+def test_largest_eigenvalue_is_bounded_from_above_and_closely(size):
+    for seed in range(3):
+        stack = random(seed, 4, size, size + 2)
+        stack = stack @ stack.mT * torch.tensor([1e-12, 1.0, 1e12, 0.0]).view(4, 1, 1)
+        exact = torch.linalg.eigvalsh(stack)[:, -1]
+        bound = largest_eigenvalue(stack).view(4)
+        assert (bound[:3] >= exact[:3] * (1 - 1e-9)).all()
+        assert (bound[:3] <= exact[:3] * size ** (1 / 32) * (1 + 1e-9)).all()
+        assert bound[3] < 1e-30
+
+
+@pytest.mark.parametrize("degree", [0, 1, 3, 30])
+def test_steps_have_unit_length_along_the_steepest_direction_left(degree):
+    b, _ = with_spectrum([100.0, 10.0, 1.0, 0.5, 0.2])
+    steepest = torch.linalg.eigvalsh(scaled_preconditioner(b, degree) @ b)[-1]
+    assert 5 ** (-1 / 32) <= steepest <= 1 + 1e-9
+
+
+@pytest.mark.parametrize("degree", [0, 1, 3, 5])
+@pytest.mark.parametrize("shape", [(8,), (8, 3)])
+def test_krylov_form_solves_the_published_linear_system(degree, shape):
+    b, _ = with_spectrum([9.0, 5.0, 3.0, 2.0, 1.0, 0.7, 0.5, 0.3])
+    g = random(4, *shape)
+    powers = [torch.linalg.matrix_power(b, i) @ g for i in range(2 * degree + 2)]
+    inner = [float((g * power).sum()) for power in powers]
+    system = [[inner[i + j + 1] for j in range(degree + 1)] for i in range(degree + 1)]
+    known = torch.tensor(inner[: degree + 1], dtype=torch.float64)
+    weights = torch.linalg.solve(torch.tensor(system, dtype=torch.float64), known)
+    expected = sum(weight * power for weight, power in zip(weights, powers, strict=False))
+    found = conjugate_gradients(b.matmul, g, degree + 1)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_krylov_form_stops_where_nothing_is_left():
+    for dtype in (torch.float32, torch.float64):
+        u = random(0, 6, 1).to(dtype)
+        flat = u @ u.T
+        found = conjugate_gradients(flat.matmul, u, 5)
+        torch.testing.assert_close(found, u / (u * u).sum())
+        zero = torch.zeros(2, 6, 3, dtype=dtype)
+        assert torch.equal(conjugate_gradients(flat.matmul, zero, 3), zero)
+
+
+# ---------------------------------------------------------------- as an optimizer
+
+
+def steps_to_converge(values: list[float], degree: int, form: str) -> int:
+    """Steps until the error of `x^T B x / 2` has lost six digits, at most 400."""
+    b, _ = with_spectrum(values)
+    x = nn.Parameter(random(5, len(values)))
+    optimizer = optim.Polynomial(
+        [("x", x)], lr=1.0, degree=degree, form=form, curvature=Curvature({"x": b})
+    )
+    first = x.detach().norm()
+    for step in range(400):
+        x.grad = b @ x.detach()
+        if x.detach().norm() < 1e-6 * first:
+            return step
+        optimizer.step()
+    return 400
+
+
+@pytest.mark.parametrize("form", ["symmetric", "krylov"])
+@pytest.mark.parametrize("degree", [1, 2, 3])
+def test_outliers_no_longer_slow_a_quadratic_down(form, degree):
+    rest = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5]
+    outliers = [1e3 * 10**i for i in range(degree)]
+    assert steps_to_converge(rest, 0, form) < 50
+    # The condition number that is left is that of sum(rest) : min(rest), 9.
+    steps = steps_to_converge(outliers + rest, degree, form)
+    assert steps < 130
+    assert steps_to_converge(outliers + rest, degree - 1, form) > 2 * steps
+
+
+def test_degree_zero_is_gradient_descent():
+    b, _ = with_spectrum([4.0, 2.0, 1.0])
+    x = nn.Parameter(random(0, 3))
+    before = x.detach().clone()
+    optimizer = optim.Polynomial([("x", x)], lr=0.5, degree=0, curvature=Curvature({"x": b}))
+    x.grad = random(1, 3)
+    optimizer.step()
+    bound = largest_eigenvalue(b).view(())
+    torch.testing.assert_close(x.detach(), before - 0.5 / bound * x.grad)
+
+
+@pytest.mark.parametrize("form", ["symmetric", "krylov"])
+def test_given_curvature_acts_on_rows_columns_or_all_entries(form):
+    g, right, left = random(0, 4, 6), random(1, 6, 6), random(2, 4, 4)
+    right, left, whole = right @ right.T, left @ left.T, random(3, 24, 24)
+    whole = whole @ whole.T
+    result = {}
+    for name, given, columns in (
+        ("right", right, g.T), ("left", left, g), ("whole", whole, g.reshape(24, 1)),
+    ):  # fmt: skip
+        weight = nn.Parameter(torch.zeros(4, 6, dtype=torch.float64))
+        optimizer = optim.Polynomial(
+            [("w", weight)], lr=1.0, form=form, curvature=Curvature({"w": given})
+        )
+        weight.grad = g.clone()
+        optimizer.step()
+        value = (
+            scaled_preconditioner(given, 2) @ columns
+            if form == "symmetric"
+            else conjugate_gradients(given.matmul, columns, 3)
+        )
+        result[name] = -(value.T if name == "right" else value).reshape(4, 6)
+        torch.testing.assert_close(weight.detach(), result[name])
+    assert not torch.allclose(result["left"], result["whole"])
+
+
+def test_a_function_serves_like_its_matrix():
+    b, _ = with_spectrum([4.0, 2.0, 1.0])
+    moved = []
+    for given in (b, lambda v: b @ v):
+        x = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+        curvature = Curvature({"x": given})
+        optimizer = optim.Polynomial([("x", x)], lr=0.5, form="krylov", curvature=curvature)
+        for step in range(3):
+            x.grad = random(step, 3)
+            optimizer.step()
+        moved.append(x.detach())
+    assert torch.equal(*moved)
+
+
+def test_equal_shapes_with_different_curvature_keep_their_own():
+    given = {name: with_spectrum([3.0, 2.0, 1.0 + i], seed=i)[0] for i, name in enumerate("abc")}
+    weights = [(name, nn.Parameter(torch.zeros(5, 3, dtype=torch.float64))) for name in "abc"]
+    optimizer = optim.Polynomial(weights, lr=1.0, curvature=Curvature(given))
+    for _, weight in weights:
+        weight.grad = random(0, 5, 3)
+    optimizer.step()
+    for name, weight in weights:
+        expected = -random(0, 5, 3) @ scaled_preconditioner(given[name], 2)
+        torch.testing.assert_close(weight.detach(), expected)
+
+
+def test_curvature_changed_in_place_is_noticed():
+    b, _ = with_spectrum([3.0, 2.0, 1.0])
+    x = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    optimizer = optim.Polynomial([("x", x)], lr=1.0, curvature=Curvature({"x": b}))
+    x.grad = random(0, 3)
+    optimizer.step()
+    first = x.detach().clone()
+    b.mul_(2.0)
+    optimizer.step()
+    torch.testing.assert_close(x.detach() - first, first / 2)
+
+
+def test_parameters_without_given_curvature_are_trained_by_adamw():
+    b, _ = with_spectrum([3.0, 2.0, 1.0])
+    listed, other, twin = (nn.Parameter(torch.zeros(4, 3, dtype=torch.float64)) for _ in range(3))
+    params = [("listed", listed), ("other", other)]
+    optimizer = optim.Polynomial(params, lr=0.1, curvature=Curvature({"listed": b}))
+    adam = torch.optim.AdamW([twin], lr=0.1, weight_decay=0.0)
+    for step in range(3):
+        listed.grad = other.grad = twin.grad = random(step, 4, 3)
+        optimizer.step()
+        adam.step()
+    torch.testing.assert_close(other, twin)
+    assert not torch.allclose(listed, twin)
+
+
+@pytest.mark.parametrize("form", ["symmetric", "krylov"])
+@pytest.mark.parametrize("scale", [1e-5, 1e5])
+def test_own_curvature_makes_steps_independent_of_scale_and_orientation(form, scale):
+    moved: list[Any] = []
+    for factor, turned in ((1.0, False), (scale, False), (1.0, True)):
+        shape = (9, 5) if turned else (5, 9)
+        weight = nn.Parameter(torch.zeros(shape, dtype=torch.float64))
+        optimizer = optim.Polynomial([weight], lr=0.1, form=form)
+        for step in range(4):
+            g = factor * random(step, 5, 9)
+            weight.grad = g.T.contiguous() if turned else g
+            optimizer.step()
+        assert optimizer.state_bytes() == {"second_moment": 8 * 25, "total": 8 * 25}
+        moved.append(weight.detach().T if turned else weight.detach())
+    torch.testing.assert_close(moved[0], moved[1])
+    torch.testing.assert_close(moved[0], moved[2])
+
+
+@pytest.mark.parametrize("form", ["symmetric", "krylov"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_of_low_rank_take_bounded_steps(form, dtype):
+    weight = nn.Parameter(torch.zeros(30, 40, dtype=dtype))
+    optimizer = optim.Polynomial([weight], lr=0.1, form=form, degree=4)
+    weight.grad = (random(0, 30, 1) @ random(1, 1, 40)).to(dtype)
+    optimizer.step()
+    # One singular value s: B is s there, and the step lr G / s is lr long.
+    torch.testing.assert_close(
+        weight.detach().norm(), torch.tensor(0.1, dtype=dtype), rtol=0.15, atol=0
+    )
+
+
+def test_checkpoint_with_a_curvature_loads_with_weights_only():
+    b, _ = with_spectrum([3.0, 2.0, 1.0])
+
+    def build(matrix: torch.Tensor) -> tuple[nn.Parameter, optim.SubspaceOptimizer]:
+        x = nn.Parameter(torch.zeros(len(matrix), dtype=torch.float64))
+        return x, optim.Polynomial([("x", x)], curvature=Curvature({"x": matrix}))
+
+    x, optimizer = build(b)
+    x.grad = random(0, 3)
+    optimizer.step()
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    _, other = build(b)
+    other.load_state_dict(saved)
+    with pytest.raises(ValueError, match="Curvature"):
+        build(with_spectrum([1.0, 2.0])[0])[1].load_state_dict(saved)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"degree": -1}, "degree"),
+        ({"form": "newton"}, "form"),
+        ({"beta": 1.0}, "beta"),
+        ({"damping": -1.0}, "damping"),
+        ({"curvature": {"x": torch.eye(3)}}, "Curvature"),
+        ({"curvature": Curvature({"x": torch.eye(4)})}, "4 x 4"),
+        ({"curvature": Curvature({"x": lambda v: v})}, "krylov"),
+    ],
+    ids=["degree", "form", "beta", "damping", "mapping", "size", "function"],
+)
+def test_impossible_values_are_refused(bad, message):
+    with pytest.raises(ValueError, match=message):
+        optim.Polynomial([("x", nn.Parameter(torch.zeros(3)))], **bad)
+    with pytest.raises(ValueError, match="named"):
+        curvature = Curvature({"x": torch.eye(3)})
+        optim.Polynomial([nn.Parameter(torch.zeros(3))], curvature=curvature)
+
+
+def test_impossible_curvature_is_refused():
+    for given in (
+        torch.ones(2, 3),
+        torch.ones(2),
+        "matrix",
+        torch.tensor([[1.0, 2.0], [0.0, 1.0]]),
+    ):
+        with pytest.raises(ValueError, match="curvature of 'x'"):
+            Curvature({"x": given})
