@@ -15,6 +15,7 @@ from problem import GAP, Problem, options_for, same, snapshot
 from torch import nn
 
 import subspan.optim as optim
+from subspan.optim.parts.refresh import Every, Lazy
 from subspan.subspaces.geometry import captured_energy
 
 
@@ -90,8 +91,10 @@ def test_zero_gradient_on_a_refresh_step_does_not_spoil_the_basis(method):
         optimizer.step()
     subspace = optimizer.subspace_of(weight)
     captured = captured_energy(signal, subspace)
-    # Four of the 24 columns of a fixed matrix cannot hold all, but chosen for zeros they hold less.
-    assert captured > (0.998 if composition.finder.form == "dense" else 0.3)
+    # Four of the 24 columns of a fixed matrix cannot hold all, nor can a basis that has moved on,
+    # but chosen for zeros they hold less.
+    exact = composition.finder.form == "dense" and not composition.finder.follows
+    assert captured > (0.998 if exact else 0.3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -392,6 +395,8 @@ def test_gap_changed_in_the_middle_of_a_run_takes_effect(method):
     run = Problem(method, **{gap: 1000})
     run.run(range(3))
     weight = run.model.first.weight
+    if not isinstance(run.optimizer.parts_of(weight).refresh, (Every, Lazy)):
+        return  # the gap is no time between refreshes
     assert run.optimizer.state[weight]["refreshed"] == 1
     run.optimizer.param_groups[0][gap] = 1
     run.run([3])

@@ -1,4 +1,4 @@
-"""Updates inside the backward pass, for every registered recipe: ordinary steps, or a clear refusal."""
+"""Updates inside the backward pass, for every recipe: as ordinary steps, or clearly refused."""
 
 from __future__ import annotations
 

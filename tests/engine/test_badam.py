@@ -202,3 +202,16 @@ def test_update_in_the_backward_pass_takes_the_same_turns():
 def test_impossible_values_are_refused(bad, message):
     with pytest.raises(ValueError, match=message):
         built(**bad)
+
+
+def test_large_embedding_updated_in_the_backward_pass_takes_its_turn(monkeypatch):
+    import subspan.optim.rowwise as rowwise
+
+    monkeypatch.setattr(rowwise, "BLOCK", 16)
+    blocks = (("embed",), ("layers", "norm", "head"))
+    plain, attached = (built(blocks=blocks, switch_mode="ascending") for _ in range(2))
+    attached[1].attach_to_backward(attached[0])
+    for run in (plain, attached):
+        take(*run, range(8))
+    for a, b in zip(plain[0].parameters(), attached[0].parameters(), strict=True):
+        torch.testing.assert_close(a, b)

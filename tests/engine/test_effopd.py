@@ -124,8 +124,8 @@ def test_given_parameters_are_extrapolated_whatever_their_name():
     for weight in (head, other):
         weight.grad = -torch.ones_like(weight)
     optimizer.step()
-    assert float(head[0]) == 11.0
-    assert float(other[0, 0]) == 1.0
+    assert head[0].item() == 11.0
+    assert other[0, 0].item() == 1.0
 
 
 def run(optimizer: torch.optim.Optimizer, weight: nn.Parameter, steps: range) -> None:

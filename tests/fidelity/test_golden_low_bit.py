@@ -93,7 +93,7 @@ def test_q_galore_equals_the_official_simulation(name):
         refresh=Every(10),
         finder=Replay(recorded_bases(recording)),
     )
-    group = spec["weight_group_size"] if "weight_group_size" in spec else 128
+    group = spec.get("weight_group_size", 128)
     compared = 0
     for step in range(1, STEPS + 1):
         for parameter, weight in weights.items():

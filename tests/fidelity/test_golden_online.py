@@ -16,7 +16,7 @@ import subspan.optim as optim
 from subspan.subspaces.finders import Replay
 
 # The official projection's learning rate is the reciprocal of the recordings' update_proj_gap.
-SHARED = {"rank": 8, "lr": 1e-2, "projection_lr": 0.1, "update_gap": 10}
+SHARED = {"rank": 8, "lr": 1e-2, "update_proj_gap": 10}
 CASES: dict[str, dict[str, Any]] = {
     "osd_adamw_p_adamw": {"projection_optimizer": "adamw"},
     "osd_adamw_p_sgd": {"projection_optimizer": "sgd"},

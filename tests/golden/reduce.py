@@ -19,10 +19,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 KEPT = (
-    "torch_adamw", "galore_*", "fira_*", "frugal_*", "flora*", "apollo_*", "ldadamw_*", "qgalore_sim_*",
-    "qgalore_projector_*",
-    "coap_*", "subtrackpp_*", "ref_*", "osd_*", "dct_*", "trion_*", "snsm_*", "auon", "hybrid_auon*",
-    "muon_*", "swats_*", "badam_*", "lbp_wht_linear", "inputs_conv",
+    "torch_adamw", "galore_*", "fira_*", "frugal_*", "flora*", "apollo_*", "ldadamw_*",
+    "qgalore_sim_*", "qgalore_projector_*", "coap_*", "subtrackpp_*", "ref_*", "osd_*", "dct_*",
+    "trion_*", "snsm_*", "auon", "hybrid_auon*", "muon_*", "swats_*", "badam_*", "lbp_wht_linear",
+    "inputs_conv",
 )  # fmt: skip
 PREFIXES = (
     "weight/", "basis/", "basis_float/", "basis_q/", "accgrad/", "draw/", "uniform/",

@@ -152,10 +152,11 @@ class BackwardUpdates:
                     "nonfinite='skip' checks all gradients before any update, and in the backward "
                     "pass they never exist together: use 'raise' or 'ignore'"
                 )
-            if isinstance(group.get("rank"), EnergyRank) and group["rank"].budget is not None:
+            rank = group.get("rank")
+            if isinstance(rank, EnergyRank) and rank.budget is not None:
                 raise ValueError(
-                    "rank=EnergyRank(budget=...) compares the gradients of all matrices, and in the "
-                    "backward pass they never exist together: give no budget"
+                    "rank=EnergyRank(budget=...) compares the gradients of all matrices, and in "
+                    "the backward pass they never exist together: give no budget"
                 )
         if self._waits and not self._lifted:
             for parameter in self._parameters():

@@ -376,6 +376,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         seen = look(bucket, parts, group, state, work)
         if parts.elementwise and isinstance(parts.inner, Adam) and _contiguous(weight, seen, state):
             decay = group["weight_decay"]
+            assert isinstance(rate, float)
             parts.inner.step_weights(
                 [weight], [seen.gradient], [state], bucket.age, float(group["lr"]), decay, rate
             )

@@ -75,8 +75,11 @@ class RowwiseUpdates:
         known = self._optimizer.knows(weight) and weight.numel() > BLOCK
         if not known or is_quantised(weight) or not weight.is_contiguous():
             return False
-        parts = self._optimizer.parts_of(weight)
-        return parts is not None and parts.elementwise and not weight.is_complex()
+        ((_, composition, _),) = self._optimizer.plan([weight])
+        if composition.activity is not None or composition.idle is not None:
+            return False  # what updates it changes in the course of training
+        parts = composition.parts_for(self._optimizer.layout_of(weight))
+        return parts.elementwise and not weight.is_complex()
 
     @torch.no_grad()
     def update(self, weight: Tensor, rows: Callable[[int, int], Tensor]) -> None:

@@ -35,8 +35,8 @@ class StateDeclaration:
         shape: rule of `Layout.shape`, or the shape itself.
         fill: initial value; "parameter" copies the weight (only for the coordinates of unprojected
             tensors).
-        dtype: "storage" (the format chosen for its kind), "compute" (float32, or float64 for float64
-            parameters: what few bits would spoil) or a fixed torch dtype.
+        dtype: "storage" (the format chosen for its kind), "compute" (float32, or float64 for
+            float64 parameters: what few bits would spoil) or a fixed torch dtype.
     """
 
     name: str

@@ -21,8 +21,8 @@ class AuON(Inner):
 
         M <- momentum M + (1 - momentum) R;  X = (1 - momentum) R + momentum M
         X <- NewtonSchulz(X) with `steps` iterations;  Z = X / (||X||_F + 1e-7)
-        value = sqrt(max(1, m/n)) Z / (rms(cosh(Z)) + 1e-8)           the paper
-        value = X / (rms(cosh(gamma Z)) + 1e-8)                       the released code
+        value = Z / (rms(cosh(Z)) + 1e-8), step = lr sqrt(max(1, m/n))     the paper
+        value = X / (rms(cosh(gamma Z)) + 1e-8), step = lr                 the released code
 
     Every entry of Z is far below 1, so rms(cosh(gamma Z)) = 1 + O(gamma² / (mn)): the paper's form
     is, to that order, normalised SGD with momentum, and the released one is SGD with averaged
@@ -53,6 +53,11 @@ class AuON(Inner):
         """The momentum."""
         return self.momentum
 
+    def shape_factor(self, layout: Layout) -> float:
+        """See the class."""
+        m, n = layout.matrix
+        return 1.0 if self.as_released else max(1.0, m / n) ** 0.5
+
     def fallback(self) -> Inner:
         """Adam, for vectors."""
         return Adam()
@@ -73,8 +78,7 @@ class AuON(Inner):
         gamma = self.gamma if self.as_released else 1.0
         factor = _rms_cosh(value, gamma * scale).add_(1e-8).reciprocal_()
         if not self.as_released:
-            m, n = coordinates.shape[-2:]
-            factor.mul_(scale).mul_(max(1.0, m / n) ** 0.5)
+            factor.mul_(scale)
         return Direction(value.mul_(factor), lr)
 
 

@@ -1,4 +1,4 @@
-"""FISMO as an inner optimizer: Muon in coordinates whitened by a Kronecker-factored Fisher matrix."""
+"""FISMO as an inner optimizer: Muon in coordinates whitened by a Fisher matrix in two factors."""
 
 from __future__ import annotations
 

@@ -60,8 +60,8 @@ def BAdam(
             blocks) within these bounds).
         switch_mode: "descending", "ascending", or "random" (a new permutation in every round).
         blocks: every tuple of regular expressions is a block, such as `((r"embed",),
-            (r"layers\\.0\\.", r"layers\\.1\\."))`; None: one per transformer layer, or per tensor in
-            a model without numbered layers.
+            (r"layers\\.0\\.", r"layers\\.1\\."))`; None: one per transformer layer, or per tensor
+            in a model without numbered layers.
         others: what is in no block is "frozen", or trained by "adamw" in every step.
         first_short: the first block gets one step less.
         betas: averaging rates of the moments.

@@ -23,7 +23,8 @@ from subspan.subspaces.finders_coap_tucker import CoapTuckerNudge
     lr=1e-3,
     memory="rm + 2rn (rm + r + n, + rn with beta1, for Adafactor)",
     evidence=(
-        "record: coap_adamw{,_restore,8bit}, coap_adamw_conv{,_restore}, coap_adafactor{,_restore}, with recorded bases and with "
+        "record: coap_adamw{,_restore,8bit}, coap_adamw_conv{,_restore}",
+        "record: coap_adafactor{,_restore}, with recorded bases and with "
         "bases of its own (sketch_seed=3407)",
         "law: the nudge is the derivative that autograd takes of the published loss; at the best "
         "subspace without momentum it vanishes",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from subspan.optim.composition import Composition
+from subspan.optim.parts.activity import check_gap
 from subspan.optim.parts.adafactor import Adafactor
 from subspan.optim.parts.inner import Adam, Inner, Lion
 from subspan.optim.parts.output import Lift, SignedLift
@@ -40,7 +41,7 @@ _OPTIMIZERS: dict[str, type[BasisOptimizer]] = {
     departures=(
         "penalty, the paper's weight of ||P^T P - I||^2, defaults to 0: the code has no such term "
         "and the paper's value could not be verified.",
-        "projection_lr is a learning rate; the code sets it to 1 / update_proj_gap (200).",
+        "projection_lr=None is the code's 1 / update_proj_gap; a learning rate may be given.",
         "The projection's 8-bit Adam is storage={'first_moment': 'int8', 'second_moment': 'int8'}, "
         "which also holds the moments of the weights so.",
         "A zero gradient has no PCA loss; the code divides by its norm. The first basis waits for "
@@ -54,9 +55,9 @@ def OnlineSubspaceDescent(
     rank: int | float | None = 128,
     scale: float = 0.25,
     projection_optimizer: str = "adamw",
-    projection_lr: float = 1 / 200,
+    update_proj_gap: int = 200,
+    projection_lr: float | None = None,
     penalty: float = 0.0,
-    update_gap: int = 200,
     proj_type: str = "std",
     inner: str = "adamw",
     betas: tuple[float, float] = (0.9, 0.999),
@@ -75,16 +76,19 @@ def OnlineSubspaceDescent(
             group.
         scale: factor on the lifted update.
         projection_optimizer: "adamw" (torch's defaults, weight decay 0.01 included), "sgd", "lion"
-            or "adafactor"; "random" draws a new orthonormal basis every `update_gap` steps instead.
-        projection_lr: learning rate of the projection at the first `lr`, with which it varies.
+            or "adafactor"; "random" draws a new orthonormal basis every `update_proj_gap` steps.
+        update_proj_gap: its inverse is the learning rate of the projection, which moves in every
+            step; steps between new bases with "random".
+        projection_lr: learning rate of the projection at the first `lr`, with which it varies;
+            None: `1 / update_proj_gap`.
         penalty: weight of `||P^T P - I||^2` in the loss.
-        update_gap: steps between new bases ("random").
         proj_type: std, reverse_std, left or right.
         inner: "adamw", "adafactor", or "lion" (whose sign is taken after the lift).
         betas: averaging rates (adamw, lion; Lion's own are (0.9, 0.99)).
         eps: added to the root of the second moment before the bias correction (adamw).
         finder: "online", or any `Finder`.
     """
+    check_gap("update_proj_gap", update_proj_gap)
     core, plain = _inner(inner, betas, eps)
     random = projection_optimizer == "random"
     if not random and projection_optimizer not in _OPTIMIZERS:
@@ -94,14 +98,18 @@ def OnlineSubspaceDescent(
         )
     default: Finder = RandomOrthogonal()
     if not random:
-        default = OnlinePCA(_OPTIMIZERS[projection_optimizer](), projection_lr, penalty)
+        default = OnlinePCA(
+            _OPTIMIZERS[projection_optimizer](),
+            projection_lr if projection_lr is not None else 1.0 / update_proj_gap,
+            penalty,
+        )
     return Composition(
         inner=core,
         plain=plain,
         finder=default if finder == "online" else resolve_finder(finder, default),
         rank=rank or 1,
         proj_type=proj_type,
-        refresh=Every(update_gap) if random else Refresh(),
+        refresh=Every(update_proj_gap) if random else Refresh(),
         output=SignedLift() if inner == "lion" else Lift(scale),
     )
 

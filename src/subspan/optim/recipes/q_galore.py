@@ -45,7 +45,7 @@ def QGaLore(
     signed_cosine: bool = False,
     finder: str | Finder = "svd",
 ) -> Composition:
-    """GaLore in few bits: 8-bit Adam, an int4 basis, and a gap that doubles while a layer is steady.
+    """GaLore in few bits: 8-bit Adam, an int4 basis, a gap that doubles while a layer is steady.
 
         R = project(G), with the dequantised basis;  N = Adam(R);  W <- W - lr scale lift(N)
 

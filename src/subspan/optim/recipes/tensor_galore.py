@@ -27,8 +27,9 @@ from subspan.subspaces.finders_tucker import HOOI
     ),
     departures=(
         "The tensor class of the GaLore repository cannot run: its constructor rejects an "
-        "argument that the optimizers pass, it never refreshes, and it maps the raw gradient back instead "
-        "of the optimizer's step. This does what the paper says: refresh every gap, map Adam's step.",
+        "argument that the optimizers pass, it never refreshes, and it maps the raw gradient back "
+        "instead of the optimizer's step. This does what the paper says: refresh every gap, map "
+        "Adam's step.",
         "Factors are warm-started: one sweep of higher-order orthogonal iteration per refresh.",
     ),
 )
