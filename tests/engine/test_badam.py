@@ -208,7 +208,7 @@ def test_large_embedding_updated_in_the_backward_pass_takes_its_turn(monkeypatch
     import subspan.optim.rowwise as rowwise
 
     monkeypatch.setattr(rowwise, "BLOCK", 16)
-    blocks = (("embed",), ("layers", "norm", "head"))
+    blocks = (("embed", r"^norm"), ("layers", "head"))
     plain, attached = (built(blocks=blocks, switch_mode="ascending") for _ in range(2))
     attached[1].attach_to_backward(attached[0])
     for run in (plain, attached):

@@ -8,6 +8,7 @@ from subspan.optim.composition import Composition
 from subspan.optim.effopd import EffOPD
 from subspan.optim.engine import SubspaceOptimizer
 from subspan.optim.model import for_model
+from subspan.optim.parts.polynomial import Curvature
 from subspan.optim.recipes import (
     APOLLO,
     COAP,
@@ -62,6 +63,7 @@ __all__ = [
     "BAdam",
     "Composed",
     "Composition",
+    "Curvature",
     "DCTAdamW",
     "EffOPD",
     "EnergyRank",

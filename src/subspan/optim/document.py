@@ -43,7 +43,7 @@ _FOR_ALL = """
 | --- | --- | --- |
 | `parameter`, `fp32`, `bf16` | that dtype; bf16 moments are rounded stochastically | 4, 4, 2 |
 | `int8` | dynamic map, a scale per 256; bases affine with a zero point | 1.02 |
-| `int8-linear`, `int8-signed` | equally spaced levels; the signed map for second moments, too | 1.02 |
+| `int8-linear`, `int8-signed` | equally spaced levels; signed second moments | 1.02 |
 | `int4` | two codes per byte, second moments without a level at zero | 0.52 |
 | `rows8`, `rows4` | errors, with minimum and step per row | 1, 0.5 |
 | `seed` | random bases (APOLLO, Flora, GrassJump, FRUGAL random, ...): nothing | 0 |
@@ -69,11 +69,11 @@ rank at its refreshes: the smallest that holds the share of its gradient's energ
 With accumulation only projected gradients are summed. Where clipping or a method needs what is not
 kept, it is refused, and the error says what works.
 
-**EffOPD** (Learning to Foresee, 2026): `subspan.optim.EffOPD(optimizer, score)` wraps any
-optimizer; after steps 1, 2, 4, 8, ... it extrapolates the weights along what they have moved while
-a score improves.
+**EffOPD** (Learning to Foresee; code caiyuchen-ustc/EffOPD): `subspan.optim.EffOPD(optimizer,
+score)` wraps any optimizer; after steps 1, 2, 4, 8, ... it extrapolates the weights along what they
+have moved while a score improves.
 
-**LBP-WHT** (Yang, Chiang, Li, Marculescu, Marculescu: Efficient Low-rank Backpropagation for Vision
+**LBP-WHT** (Efficient Low-rank Backpropagation for Vision
 Transformer Adaptation, 2023): `subspan.layers.lbp_wht(model, ...)` replaces the backward pass of
 linear layers by one on low-frequency Walsh-Hadamard coefficients. Record: `lbp_wht_linear`.
 """

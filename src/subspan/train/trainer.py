@@ -61,6 +61,7 @@ def parameter_groups(
     plain_lr: float | None = None,
     project: list[str] | None = None,
     exclude: list[str] | None = None,
+    whole: bool = False,
 ) -> list[dict[str, Any]]:
     """Groups of `subspan.optim.param_groups_for_model`, each split by weight decay.
 
@@ -72,6 +73,7 @@ def parameter_groups(
         plain_lr: learning rate of everything else; none: `lr`.
         project: regular expressions of names of the parameters to project.
         exclude: regular expressions of names of parameters never to project.
+        whole: the method takes all parameters, not only matrices (BAdam).
 
     Returns:
         Groups of named parameters: what is projected first, each with and without decay.
@@ -79,7 +81,7 @@ def parameter_groups(
     from subspan.optim import param_groups_for_model
 
     groups = []
-    for group in param_groups_for_model(model, project=project, exclude=exclude):
+    for group in param_groups_for_model(model, project, exclude, whole=whole):
         rate = lr if group["project"] or plain_lr is None else plain_lr
         split: dict[float, list[Any]] = {}
         for name, parameter in group["params"]:
@@ -153,9 +155,11 @@ def build_optimizer(
     """
     from subspan.optim import build, lookup
 
+    recipe = lookup(method)
+    recipe.check_options(hyper)
     # Without arguments the recipe's own defaults hold. (Making TrainingArguments here would reset
     # the state of a Trainer that is being set up.)
-    source = lookup(method).defaults if args is None else rates(args)
+    source = recipe.defaults if args is None else rates(args)
     given = {} if args is None else adam_settings(method, args)
     lr = hyper.pop("lr", source["lr"])
     groups = parameter_groups(
@@ -166,6 +170,7 @@ def build_optimizer(
         plain_lr=plain_lr,
         project=project,
         exclude=exclude,
+        whole=recipe.compose({**recipe.defaults, **given, **hyper}).takes_all,
     )
     optimizer: Optimizer = build(method, groups, lr=lr, **(given | hyper))
     return optimizer
