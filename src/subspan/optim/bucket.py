@@ -232,6 +232,8 @@ def piece(
 ) -> Bucket:
     """The entries start:stop of a bucket of one elementwise parameter, flat.
 
+    States without dimensions are sums over the weight, to which all pieces add.
+
     Args:
         bucket: all of it.
         number: of the piece; pieces of one parameter must not draw the same rounding noise.
@@ -245,7 +247,7 @@ def piece(
     per = _entries_per_element(bucket)
     sliced = {
         name: value.view(-1)[start // per.get(name, 1) : -(-stop // per.get(name, 1))]
-        if isinstance(value, Tensor)
+        if isinstance(value, Tensor) and value.dim()
         else value
         for name, value in bucket.states[0].items()
     }
@@ -256,6 +258,12 @@ def piece(
         states=[sliced],
         layouts=[replace(bucket.layout, view=(stop - start,), index=index)],
     )
+
+
+def keep_numbers(bucket: Bucket, last: Bucket) -> None:
+    """Take over the numbers in the state of the last piece, and the step."""
+    numbers = {k: v for k, v in last.states[0].items() if not isinstance(v, Tensor)}
+    bucket.states[0].update(numbers, step=bucket.step)
 
 
 def _unit(bucket: Bucket) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from subspan.optim.bucket import Bucket, is_quantised, pieces
+from subspan.optim.bucket import Bucket, is_quantised, keep_numbers, pieces
 from subspan.optim.composition import Composition
 from subspan.optim.parts.activity import Activity
 from subspan.optim.parts.inner import Adam
@@ -18,9 +18,9 @@ from subspan.subspaces.layout import Layout
 if TYPE_CHECKING:
     from subspan.optim.engine import SubspaceOptimizer
 
-# Entries of an elementwise tensor treated at once where temporaries are needed: cache-sized on the
-# CPU, few kernels elsewhere.
-PIECE = {"cpu": 1 << 16, "other": 1 << 22}
+# Entries of an elementwise tensor treated at once where temporaries are needed: a megabyte each on
+# the CPU, where a call costs more than a miss of the inner caches; few kernels elsewhere.
+PIECE = {"cpu": 1 << 18, "other": 1 << 22}
 # Matrices of at least so many entries are not batched on the CPU.
 SMALL = 1 << 16
 
@@ -182,9 +182,9 @@ def buckets(
                 fused.setdefault(key, []).append(bucket)
             else:
                 length = PIECE.get(bucket.device.type, PIECE["other"])
-                # Codes are made in larger pieces: every one costs a table look-up to set up.
-                yield from pieces(bucket, length * (4 if bucket.codecs else 1))
-                state["step"] = bucket.step
+                cut = pieces(bucket, length)
+                yield from cut
+                keep_numbers(bucket, cut[-1])
             continue
         shape = (layout.view, layout.side, layout.rank, layout.mode_ranks)
         kind = (parameter.dtype, parameter.device, bucket.gradients[0].dtype)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from subspan.optim.bucket import is_quantised, piece
+from subspan.optim.bucket import is_quantised, keep_numbers, piece
 from subspan.optim.collect import bucket_of, check_bucket, update_elementwise
 from subspan.optim.parts.workspace import Workspace
 
@@ -98,7 +98,7 @@ class RowwiseUpdates:
                 check_bucket(part, gradient)
             if not update_elementwise(part, group, parts):
                 optimizer.update_bucket(weight, part, parts, work)
-        bucket.states[0]["step"] = bucket.step
+        keep_numbers(bucket, part)
         self._done.append(weight)
 
 

@@ -14,6 +14,9 @@ from subspan.optim.parts.muon import averaged_ahead, check_momentum, check_steps
 from subspan.optim.parts.workspace import Workspace
 from subspan.subspaces.layout import Layout, StateDeclaration
 
+# Entries of which the hyperbolic cosine is taken at once.
+PIECE = 1 << 16
+
 
 @dataclass(frozen=True)
 class AuON(Inner):
@@ -85,9 +88,13 @@ class AuON(Inner):
 def _rms_cosh(x: Tensor, factor: Tensor) -> Tensor:
     """Root mean square of `cosh(factor x)` over each matrix, `(..., 1, 1)`.
 
-    Taken in a few pieces, to need no temporary of the size of `x`.
+    `cosh² z = 1/2 + (exp 2z + exp -2z) / 4` takes a third of the time of the hyperbolic cosine. A
+    few pieces need no temporary of the size of `x`.
     """
     m, n = x.shape[-2:]
-    pieces = x.split(max(1, -(-m // 8)), dim=-2)
-    squares = (torch.cosh(piece * factor).square_().sum((-2, -1), keepdim=True) for piece in pieces)
-    return torch.stack(list(squares)).sum(0).div_(m * n).sqrt_()
+    total = torch.zeros_like(factor)
+    for piece in x.split(max(1, PIECE // n), dim=-2):
+        grown = torch.mul(piece, 2.0 * factor).exp_()
+        total += grown.sum((-2, -1), keepdim=True)
+        total += grown.reciprocal_().sum((-2, -1), keepdim=True)
+    return total.div_(4 * m * n).add_(0.5).sqrt_()

@@ -43,6 +43,8 @@ class WatchedAdam(Inner):
     min_steps: int = 2
     granularity: Literal["network", "tensor"] = "network"
 
+    # The two products are sums, so a weight may be cut as an elementwise one.
+    elementwise: ClassVar[bool] = True
     needs_exact_weights: ClassVar[bool] = True
     concludes: ClassVar[bool] = True
     first_moment = "exp_avg"
@@ -93,8 +95,8 @@ class WatchedAdam(Inner):
         """See the class."""
         direction = self.adam.update(coordinates, state, age, lr, work)
         value, step = direction.value, direction.step
-        state["step_along_gradient"].copy_(_product(value, coordinates).mul_(step))
-        state["step_sq"].copy_(_product(value, value).mul_(step * step))
+        state["step_along_gradient"].add_(_product(value, coordinates) * step)
+        state["step_sq"].add_(_product(value, value) * (step * step))
         state["latest_lr"] = [float(lr)] * len(state["latest_lr"])
         return direction
 
@@ -173,22 +175,21 @@ class ScaledMomentum(Inner):
 
 
 def _product(x: Tensor, y: Tensor) -> Tensor:
-    """<x, y> of vectors `(n,)`, or of each matrix `(..., m, n)`, in a few pieces."""
-    if x.dim() > 1:
-        x, y = x.flatten(-2), y.flatten(-2)
-    length = max(1, -(-x.shape[-1] // 8))
-    pairs = zip(x.split(length, -1), y.split(length, -1), strict=True)
-    return torch.stack([(a * b).sum(-1) for a, b in pairs]).sum(0)
+    """<x, y>; what is updated entry by entry never comes in batches."""
+    return torch.dot(x.reshape(-1), y.reshape(-1))
 
 
 def _products(states: list[State]) -> list[tuple[float, float]]:
-    """<p, p> and -<p, g> of every parameter, in one transfer."""
+    """<p, p> and -<p, g> of every parameter, in one transfer; the sums start again from zero."""
     device = states[0]["step_sq"].device
     rows = [
         torch.stack([state["step_sq"].sum(), state["step_along_gradient"].sum()])
         for state in states
     ]
     found = torch.stack([row.to(device, torch.float64, non_blocking=True) for row in rows])
+    for state in states:
+        state["step_sq"].zero_()
+        state["step_along_gradient"].zero_()
     return [(float(step_sq), float(along)) for step_sq, along in found.tolist()]
 
 
