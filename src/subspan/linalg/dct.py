@@ -73,12 +73,12 @@ def dct(x: Tensor, dim: int = -1, *, inverse: bool = False) -> Tensor:
     return (_inverse(x) if inverse else _forward(x)).movedim(-1, dim)
 
 
-def _twiddle(x: Tensor, n: int) -> Tensor:
-    """exp(-i pi k / 2n) times the orthonormal scale, for the frequencies of a real FFT."""
+def _twiddle(x: Tensor, n: int, *, inverse: bool = False) -> Tensor:
+    """exp(-i pi k / 2n) times the orthonormal scale, for the frequencies of a real FFT; or 1 / it."""
     angle = torch.arange(n // 2 + 1, dtype=torch.float64, device=x.device) * (-math.pi / (2 * n))
     scale = torch.full_like(angle, math.sqrt(2 / n))
     scale[0] = math.sqrt(1 / n)
-    factor = torch.polar(scale, angle)
+    factor = torch.polar(scale.reciprocal(), -angle) if inverse else torch.polar(scale, angle)
     return factor.to(torch.complex128 if x.dtype == torch.float64 else torch.complex64)
 
 
@@ -99,7 +99,10 @@ def _inverse(x: Tensor) -> Tensor:
     if n % 2 == 0:
         # At the middle frequency the real and the imaginary part are the same coefficient.
         imaginary[..., n // 2] = -x[..., n // 2]
-    spectrum = torch.complex(x[..., :half].contiguous(), imaginary) / _twiddle(x, n)
+    # A complex division takes five times as long as a multiplication.
+    spectrum = torch.complex(x[..., :half].contiguous(), imaginary).mul_(
+        _twiddle(x, n, inverse=True)
+    )
     reordered = torch.fft.irfft(spectrum, n=n)
     restored = torch.empty_like(reordered)
     restored[..., ::2] = reordered[..., : (n + 1) // 2]

@@ -223,12 +223,18 @@ def bucket_of(
     if parts.finder is not None:
         due = refresh_is_due(optimizer, parameter, parts, state)
         # A zero gradient carries no subspace: the old one stays, the next step looks again.
-        blank = due and parts.finder.reads_gradient and not bool(gradient.any())
+        blank = due and parts.finder.reads_gradient and _is_zero(gradient)
     age = step - state.get("restarted", 0)
     weights, gradients = [real(parameter)], [real(gradient)]
     return Bucket(
         weights, gradients, [state], [layout], step, age, due, blank, parts.codecs(layout)
     )
+
+
+def _is_zero(gradient: Tensor) -> bool:
+    """Whether all entries are zero; the first row answers for most gradients."""
+    some = gradient.numel() > 0 and bool(gradient[0].any())
+    return not (some or bool(gradient.any()))
 
 
 def _batches(members: list[Bucket], largest: int) -> Iterator[Bucket]:

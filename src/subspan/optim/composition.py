@@ -299,14 +299,14 @@ class Composition:
     def shows_bad_gradients(self) -> bool:
         """Whether NaN or infinity in a gradient shows in its coordinates before any state changes.
 
-        Products with a dense basis spread it; chosen coordinates may miss it, and a normaliser or
-        an error buffer has taken it up by then.
+        Products with a dense basis spread it; chosen coordinates may miss it, and an error buffer,
+        or a normaliser that comes first, has taken it up by then.
         """
         dense = self.finder is not None and self.finder.form in ("dense", "seeded")
         return (
             dense
             and not self.complement
-            and self.normaliser is None
+            and (self.normaliser is None or self.normaliser.after)
             and not isinstance(self.remainder, ErrorFeedback)
         )
 
