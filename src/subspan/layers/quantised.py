@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +69,14 @@ class QuantisedLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.weight.bits}, group={self.weight.group}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # A weight that stays where it is must not be exchanged: hooks would forbid it.
+        probe = torch.empty(0, dtype=self.weight.dtype, device=self.weight.device)
+        moved = fn(probe)
+        if (moved.dtype, moved.device) == (probe.dtype, probe.device):
+            return self
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return]
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool

@@ -74,7 +74,7 @@ def dct(x: Tensor, dim: int = -1, *, inverse: bool = False) -> Tensor:
 
 
 def _twiddle(x: Tensor, n: int, *, inverse: bool = False) -> Tensor:
-    """exp(-i pi k / 2n) times the orthonormal scale, for the frequencies of a real FFT; or 1 / it."""
+    """exp(-i pi k / 2n) times the orthonormal scale, for a real FFT's frequencies; or 1 / it."""
     angle = torch.arange(n // 2 + 1, dtype=torch.float64, device=x.device) * (-math.pi / (2 * n))
     scale = torch.full_like(angle, math.sqrt(2 / n))
     scale[0] = math.sqrt(1 / n)

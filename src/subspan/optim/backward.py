@@ -66,11 +66,10 @@ class BackwardUpdates:
         clipping: Clipping,
         lifted: bool,
     ) -> None:
+        check_attachable(optimizer, accumulation_steps, max_norm, clipping, lifted)
         self._optimizer = optimizer
-        self._max_norm, self._clipping, self._lifted = max_norm, clipping, lifted
-        self._accumulates = accumulation_steps != 1
-        self._waits = self._accumulates or (max_norm is not None and clipping != "each")
-        self._check(accumulation_steps)
+        self._max_norm, self._clipping = max_norm, clipping
+        self._waits = _waits(accumulation_steps, max_norm, clipping)
         self._work = Workspace()
         self._done: list[Tensor] = []
         self._sums: dict[Tensor, Tensor] = {}
@@ -117,65 +116,6 @@ class BackwardUpdates:
         self.forget()
         if self._optimizer._backward is self:
             self._optimizer._backward = None
-
-    def _check(self, accumulation_steps: object) -> None:
-        """Refuse what cannot be done in the backward pass.
-
-        Raises:
-            ValueError: for arguments, or a method, that it does not allow.
-            RuntimeError: with several processes.
-        """
-        steps = accumulation_steps
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-            raise ValueError(f"accumulation_steps={steps!r} must be an integer of at least 1")
-        limit = self._max_norm
-        if limit is not None and not (math.isfinite(limit) and limit > 0):
-            raise ValueError(f"max_norm={limit!r} must be a positive number, or None")
-        if self._clipping not in get_args(Clipping):
-            raise ValueError(f"clipping={self._clipping!r} must be whole, inside or each")
-        if self._accumulates and limit is not None and self._clipping != "inside":
-            raise ValueError(
-                f"clipping={self._clipping!r} with accumulation_steps={steps}: the summed "
-                "gradients are not kept, only their coordinates, so their norm is not known; use "
-                "clipping='inside', the norm of what the subspaces hold"
-            )
-        distributed = torch.distributed
-        started = distributed.is_available() and distributed.is_initialized()
-        if started and distributed.get_world_size() > 1:
-            raise RuntimeError(
-                "attach_to_backward works in one process: gradients of several processes are "
-                "averaged only after the hooks have run"
-            )
-        for group in self._optimizer.param_groups:
-            if group["nonfinite"] == "skip":
-                raise ValueError(
-                    "nonfinite='skip' checks all gradients before any update, and in the backward "
-                    "pass they never exist together: use 'raise' or 'ignore'"
-                )
-            rank = group.get("rank")
-            if isinstance(rank, EnergyRank) and rank.budget is not None:
-                raise ValueError(
-                    "rank=EnergyRank(budget=...) compares the gradients of all matrices, and in "
-                    "the backward pass they never exist together: give no budget"
-                )
-        if self._waits and not self._lifted:
-            for parameter in self._parameters():
-                self._check_coordinates_suffice(parameter)
-
-    def _check_coordinates_suffice(self, parameter: Tensor) -> None:
-        layout = self._optimizer.layout_of(parameter)
-        parts = self._optimizer.parts_of(parameter)
-        reason = parts.needs_whole_gradient if layout.projected and parts is not None else None
-        if reason is None:
-            return
-        if self._accumulates:
-            remedy = "use lifted=True, which runs on the lifted sum, or accumulate without hooks"
-        else:
-            remedy = "use clipping='each', or clip without hooks"
-        raise ValueError(
-            f"parameter {layout.name!r}: {reason}, and only coordinates are kept until the step; "
-            + remedy
-        )
 
     # ------------------------------------------------------------------ the backward pass
 
@@ -313,3 +253,68 @@ def _square(x: Tensor) -> Tensor:
 def _factor(norm: Tensor, limit: float) -> Tensor:
     """As torch.nn.utils.clip_grad_norm_."""
     return (limit / (norm + 1e-6)).clamp_(max=1.0)
+
+
+def _waits(accumulation_steps: int, max_norm: float | None, clipping: Clipping) -> bool:
+    """Whether updates wait for `step()`."""
+    return accumulation_steps != 1 or (max_norm is not None and clipping != "each")
+
+
+def check_attachable(
+    optimizer: SubspaceOptimizer,
+    accumulation_steps: int = 1,
+    max_norm: float | None = None,
+    clipping: Clipping = "whole",
+    lifted: bool = False,
+) -> None:
+    """Refuse what cannot be done in the backward pass; arguments as for `attach_to_backward`.
+
+    Raises:
+        ValueError: for arguments, or a method, that it does not allow.
+        RuntimeError: with several processes.
+    """
+    steps = accumulation_steps
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise ValueError(f"accumulation_steps={steps!r} must be an integer of at least 1")
+    if max_norm is not None and not (math.isfinite(max_norm) and max_norm > 0):
+        raise ValueError(f"max_norm={max_norm!r} must be a positive number, or None")
+    if clipping not in get_args(Clipping):
+        raise ValueError(f"clipping={clipping!r} must be whole, inside or each")
+    if steps > 1 and max_norm is not None and clipping != "inside":
+        raise ValueError(
+            f"clipping={clipping!r} with accumulation_steps={steps}: the summed gradients are not "
+            "kept, only their coordinates, so their norm is not known; use clipping='inside', the "
+            "norm of what the subspaces hold"
+        )
+    distributed = torch.distributed
+    started = distributed.is_available() and distributed.is_initialized()
+    if started and distributed.get_world_size() > 1:
+        raise RuntimeError(
+            "attach_to_backward works in one process: gradients of several processes are averaged "
+            "only after the hooks have run"
+        )
+    for group in optimizer.param_groups:
+        if group["nonfinite"] == "skip":
+            raise ValueError(
+                "nonfinite='skip' checks all gradients before any update, and in the backward pass "
+                "they never exist together: use 'raise' or 'ignore'"
+            )
+        rank = group.get("rank")
+        if isinstance(rank, EnergyRank) and rank.budget is not None:
+            raise ValueError(
+                "rank=EnergyRank(budget=...) compares the gradients of all matrices, and in the "
+                "backward pass they never exist together: give no budget"
+            )
+    if not _waits(steps, max_norm, clipping) or lifted:
+        return
+    remedy = "use clipping='each', or clip without hooks"
+    if steps > 1:
+        remedy = "use lifted=True, which runs on the lifted sum, or accumulate without hooks"
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        layout, parts = optimizer.layout_of(parameter), optimizer.parts_of(parameter)
+        reason = parts.needs_whole_gradient if layout.projected and parts is not None else None
+        if reason is not None:
+            raise ValueError(
+                f"parameter {layout.name!r}: {reason}, and only coordinates are kept until the "
+                f"step; {remedy}"
+            )

@@ -11,7 +11,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments, de
 from subspan.train import runfolder
 from subspan.train.config import TrainConfig
 from subspan.train.errors import JobError, one_line
-from subspan.train.trainer import SubspanTrainer, attach_to_backward, build_optimizer
+from subspan.train.trainer import SubspanTrainer, build_optimizer
 
 if TYPE_CHECKING:
     from subspan.train.job import Inputs
@@ -84,10 +84,13 @@ def make_trainer(config: TrainConfig, folder: Path, inputs: Inputs) -> SubspanTr
         "project": config.project,
         "exclude": config.exclude,
     }
+    from subspan.optim.backward import check_attachable
+
     try:
         trial: Any = build_optimizer(inputs.model, config.method, args, **grouping, **hyper)
         if config.update_in_backward:
-            attach_to_backward(trial, inputs.model, args, config.clipping).detach()
+            limit = args.max_grad_norm or None
+            check_attachable(trial, config.accumulation, limit, config.clipping)
     except (ValueError, TypeError) as error:
         raise JobError(f"method {config.method}: {one_line(error)}") from None
     trainer = SubspanTrainer(
