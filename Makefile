@@ -14,7 +14,8 @@ DEMO_CONFIG ?= configs/demo.yaml
 DEMO_OUTPUT ?= runs/$(basename $(notdir $(DEMO_CONFIG)))
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
-PEERS := galore-torch==1.0 fira==1.0.2 apollo-torch==1.0.3 pytorch_optimizer==4.1.0
+PEERS := galore-torch==1.0 fira==1.0.2 apollo-torch==1.0.3 pytorch_optimizer==4.1.0 \
+	q-galore-torch==1.0 badam==1.4 flora-opt==0.0.3 torchao==0.18.0 bitsandbytes==0.50.2
 
 VENV := .venv
 READY := $(VENV)/.ready
@@ -77,14 +78,15 @@ format: $(READY) ## apply the formatter and the safe lint fixes
 	@$(RUN) $(BIN)/ruff check --fix .
 	@$(RUN) $(BIN)/ruff format .
 
+# Peers that are on no package index are cloned by hand: see docs/BENCHMARKS.md.
 bench: $(READY) $(PEERS_READY) ## step time, state and memory against the peers; writes docs/BENCHMARKS.md
 	@$(RUN) $(BIN)/python -m benchmarks --write $(BENCH_ARGS)
 
 # Without their dependencies, so that the tested set stays as pinned. A peer that cannot be had
 # becomes a row that says so.
-$(PEERS_READY): $(READY)
+$(PEERS_READY): $(READY) $(firstword $(MAKEFILE_LIST))
 	@$(CLEAN_ENV) $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps $(PEERS) \
-		bitsandbytes && touch $@ || echo "Some peers could not be installed; their rows will say so."
+		&& touch $@ || echo "Some peers could not be installed; their rows will say so."
 
 clean: ## remove caches and build leftovers (keeps .venv and runs/)
 	rm -rf build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -18,14 +18,14 @@ def _progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def measure(shapes: list[str], families: list[str], quality: bool) -> dict[str, Any]:
+def measure(shapes: list[str], asked: list[str], quality: bool) -> dict[str, Any]:
     """Run everything that was asked for and return what goes into the JSON file."""
     import torch
 
-    from benchmarks.contenders import contenders
-    from benchmarks.floors import Machine
+    from benchmarks.families import THOROUGH, families
     from benchmarks.machine import describe
     from benchmarks.optimizer_step import measure_family, measure_staggered
+    from benchmarks.rates import Machine
     from benchmarks.shapes import SHAPES, Model
 
     torch.set_num_threads(1)
@@ -40,14 +40,15 @@ def measure(shapes: list[str], families: list[str], quality: bool) -> dict[str, 
     for name in shapes:
         shape, rates = SHAPES[name], []
         model = Model(shape)
-        for family in dict.fromkeys(c.family for c in contenders()):
-            if families and family not in families:
+        for family, members in families().items():
+            thorough = family in THOROUGH
+            if family not in asked if asked else name != "60m" and not thorough:
                 continue
-            members = [c for c in contenders() if c.family == family]
-            rows, seen = measure_family(members, model, shape, machine, _progress)
+            gaps = 2 if thorough else 1
+            rows, seen = measure_family(members, model, shape, machine, _progress, gaps)
             results["rows"] += rows
             rates.append(seen)
-        if not families or "galore" in families:
+        if not asked or "galore" in asked:
             results["staggered"].append(measure_staggered(model, shape))
         results["rates"][name] = rates
     results["seconds"] = time.perf_counter() - start

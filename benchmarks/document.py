@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.bars import bars
+from benchmarks.machine import FOLDER_VARIABLE
 from benchmarks.shapes import SHAPES, Shape
 
 BEGIN = "<!-- measured: begin (written by `make bench`) -->"
@@ -52,28 +55,40 @@ def _unique(rows: list[Numbers]) -> list[Numbers]:
     return list(seen.values())
 
 
+def _notes(rows: list[Numbers]) -> dict[str, int]:
+    """What rows have to be read with, numbered in the order of the table."""
+    texts = dict.fromkeys(row["note"] for row in rows if row["note"])
+    return {text: number for number, text in enumerate(texts, 1)}
+
+
 def _step_table(rows: list[Numbers]) -> str:
     header = ["optimizer", "normal step, CPU ms", "wall ms", "refresh step, CPU ms"]
-    header += ["amortised, gap 200", "floor ms", "x floor"]
+    header += ["amortised, gap 200", "floor ms", "amortised / floor"]
     body = []
-    for row in _unique(rows):
+    listed = _unique(rows)
+    notes = _notes(listed)
+    for row in listed:
+        label = _label(row) + (f" <sup>{notes[row['note']]}</sup>" if row["note"] else "")
         if row["error"]:
-            body.append([_label(row), row["error"], *[""] * 5])
+            body.append([label, row["error"], *[""] * 5])
             continue
-        floor = row.get("floor")
-        wall = row["normal"]["wall"]
+        floor, wall = row["floor"], row["normal"]["wall"]
         body.append(
             [
-                _label(row),
+                label,
                 _ms_spread(row["normal"]["cpu"]),
                 _ms(wall["median"]) if wall else "",
                 _ms_spread(row["refresh"]["cpu"]),
                 _ms(row["amortised"]) if "amortised" in row else "",
-                _ms(floor["products"] + floor["memory"]) if floor else "",
-                _ratio(floor["distance"]) if floor else "",
+                _ms(floor["products"] + floor["memory"]),
+                _ratio(floor["amortised"]),
             ]
         )
-    return _table(header, body)
+    return (
+        _table(header, body)
+        + "".join(f"\n<sup>{number}</sup> {text}.  " for text, number in notes.items())
+        + ("\n" if notes else "")
+    )
 
 
 def _ratio_table(rows: list[Numbers]) -> str:
@@ -83,11 +98,10 @@ def _ratio_table(rows: list[Numbers]) -> str:
             if kinds["normal"] is None:
                 continue
             peer = f"{row['package']} {row['name']}"
-            body.append(
-                [f"subspan {ours}", peer, _ratio(kinds["normal"]), _ratio(kinds["refresh"])]
-            )
-    header = ["ours", "divided by", "normal step", "refresh step"]
-    return _table(header, sorted(body, key=lambda line: line[0]))
+            ratios = [_ratio(kinds[kind]) for kind in ("normal", "refresh", "amortised")]
+            body.append([f"subspan {ours}", peer, *ratios])
+    header = ["ours", "divided by", "normal step", "refresh step", "amortised, gap 200"]
+    return _table(header, body)
 
 
 def _memory_table(rows: list[Numbers]) -> str:
@@ -111,35 +125,51 @@ def _memory_table(rows: list[Numbers]) -> str:
     return _table(header, body)
 
 
+def _median(values: Iterable[float]) -> float:
+    return statistics.median(list(values))
+
+
+def _rates_text(rates: list[Numbers]) -> str:
+    """Medians of what was measured between the steps of all families."""
+    products: dict[str, list[Numbers]] = {}
+    squares: dict[int, list[float]] = {}
+    transforms: dict[str, list[float]] = {}
+    for family in rates:
+        for p in family["products"]:
+            products.setdefault(f"{p['m']}x{p['n']}, rank {p['rank']}", []).append(p)
+        for square in family["squares"]:
+            squares.setdefault(square["side"], []).append(square["rate"])
+        for t in family["transforms"]:
+            transforms.setdefault(f"{t['m']}x{t['n']}", []).append(t["seconds"])
+    giga = 1e9
+    parts = [f"{_median(family['bandwidth'] for family in rates) / giga:.1f} GB/s"]
+    for name, seen in products.items():
+        project, lift = (_median(p[kind] for p in seen) / giga for kind in ("project", "lift"))
+        parts.append(f"{name}: project {project:.0f}, lift {lift:.0f} GFLOP/s")
+    for side, found in sorted(squares.items()):
+        parts.append(f"{side}x{side} products: {_median(found) / giga:.0f} GFLOP/s")
+    for name, found in transforms.items():
+        parts.append(f"cosine transform of {name}: {_ms(_median(found))} ms")
+    return "Rates, medians: " + "; ".join(parts) + ".\n"
+
+
 def _floor_table(results: Numbers, shape: Shape) -> str:
-    """Unavoidable work of each method and the rates that were measured between its steps."""
-    ours = {
-        row["family"]: row
-        for row in results["rows"]
-        if row["shape"] == shape.name and row["package"] == "subspan" and row.get("floor")
-    }
+    """Unavoidable work of each method."""
     body = []
-    for rates in results["rates"][shape.name]:
-        row = ours.get(rates["family"])
-        if row is None:
+    for row in results["rows"]:
+        floor = row.get("floor")
+        if row["shape"] != shape.name or row["package"] != "subspan" or not floor:
             continue
-        floor = row["floor"]
-        products = "; ".join(
-            f"{p['m']}x{p['n']}: {p['project'] / 1e9:.0f}, {p['lift'] / 1e9:.0f}"
-            for p in rates["products"]
-        )
         body.append(
             [
                 row["name"],
                 f"{floor['flops'] / 1e9:.2f}",
                 f"{floor['bytes'] / 1e9:.3f}",
-                products,
-                f"{rates['bandwidth'] / 1e9:.1f}",
                 f"{_ms(floor['products'])} + {_ms(floor['memory'])}",
             ]
         )
-    header = ["method", "GFLOP", "GB", "project, lift GFLOP/s", "GB/s", "floor ms"]
-    return _table(header, body)
+    header = ["method", "GFLOP", "GB", "floor ms, products + memory"]
+    return _rates_text(results["rates"][shape.name]) + "\n" + _table(header, body)
 
 
 def _shape_section(results: Numbers, shape: Shape) -> str:
@@ -192,10 +222,13 @@ def _quality_section(quality: Numbers) -> str:
 
 def _bars_section(results: Numbers) -> str:
     marks = {True: "yes", False: "**no**"}
-    body = [[what, bar, found, marks[held]] for what, bar, found, held in bars(results)]
+    found = bars(results)
+    body = [[what, bar, seen, marks[held]] for what, bar, seen, held in found]
     if not body:
         return ""
-    return "## The project's own bars, 60M\n\n" + _table(["what", "bar", "measured", "held"], body)
+    held = sum(bar[-1] for bar in found)
+    table = _table(["what", "bar", "measured", "held"], body)
+    return f"## The project's own bars, 60M\n\n{held} of {len(found)} are held.\n\n{table}"
 
 
 def _staggered_text(results: Numbers, shape: Shape) -> str:
@@ -218,6 +251,8 @@ def render(results: Numbers) -> str:
         f"malloc settings: {machine['malloc']}; load average before the run "
         f"{machine['load']:.1f}.",
         f"Versions: {versions}.",
+        f"Authors' code: {', '.join(machine['official']) or 'none'} (cloned from GitHub at these "
+        f"commits into the folder that `{FOLDER_VARIABLE}` names).",
     ]
     sections = ["\n".join(head) + "\n", _bars_section(results)]
     sections += [_shape_section(results, SHAPES[name]) for name in results["rates"]]

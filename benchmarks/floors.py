@@ -4,120 +4,215 @@ floor = sum of the unavoidable products at the measured fp32 rate of their shape
         + unavoidable bytes / measured bandwidth.
 
 The two are added because one thread does them one after the other. Per projected m x n matrix with
-rank r, with c = r*max(m,n) coordinates and b = r*min(m,n) basis elements:
+rank r: P = 2mnr FLOPs, long = max(m,n), short = min(m,n), c = r*long coordinates, b = r*short basis
+elements, NS(a,l) = five Newton-Schulz steps of 4a²l + 2a³ FLOPs each on an a x l matrix:
 
-method        products of 2mnr FLOPs      bytes
-AdamW         none                        28 mn (read w, g, m, v; write w, m, v)
-GaLore        2: project, lift            12 mn (read g; read and write w) + 16 c + 8 b
-Fira          2: project, lift. The       as GaLore
-              residual needs no third
-              one: with an orthonormal
-              basis its column norms
-              follow from those of G and
-              of the coordinates, and
-              lift(N) + phi*(G - lift(R))
-              = lift(N - phi*R) + phi*G
-APOLLO        1: project; never lifted    16 mn (g is read again to be scaled) + 16 c
+method                    products                       bytes
+AdamW, SWATS              none                           28 mn (read w, g, m, v; write w, m, v)
+SGD with momentum         none                           20 mn
+AdamW 8-bit, 4-bit        none                           16.06 mn, 14.06 mn
+GaLore, GaLore 2, SARA,   2P: project, lift              12 mn (read g; read and write w)
+  COAP, Tensor-GaLore                                      + 16 c + 8 b
+Fira                      2P. The residual needs no      as GaLore
+                          third one: with an
+                          orthonormal basis its column
+                          norms follow from those of G
+                          and of the coordinates, and
+                          lift(N) + phi*(G - lift(R))
+                          = lift(N - phi*R) + phi*G
+APOLLO                    P: project; never lifted       16 mn (g is read again to be scaled)
+                                                           + 16 c
+GaLore 8-bit, COAP 8-bit  2P                             12 mn + 4.06 c + 8 b
+Q-GaLore                  2P                             6.06 mn (int8 weights; 12 with fp32)
+                                                           + 4.06 c + 1.06 b
+GaLore+                   (2 + density) P: the           as GaLore
+                          residual's chosen entries
+SubTrack++, GrassWalk,    2P, as Fira                    16 mn + 16 c + 8 b
+  GrassJump
+Online Subspace Descent   3P: one more for the basis,    16 mn + 16 c + 32 b
+                          at every step
+DCT-AdamW at a gap        2P                             12 mn + 16 c + 8 b
+  with error feedback     2P + G Q, by a product of      20 mn + 16 c
+                          (short/r) P or an FFT,
+                          whichever is faster; the
+                          coordinates are among it
+Trion                     the same + NS(r,long)          20 mn
+LDAdam                    6P: three projections (two     20 mn + 16 c + 16 b
+                          of the power iteration),
+                          three lifts (gradient,
+                          momentum, step)
+Flora                     2P                             16 mn + 8 c
+FRUGAL blocks             none                           28 mn of a quarter, 12 mn of the others
+FRUGAL svd                3P: the residual's signs       16 mn + 16 c + 8 b
+                          need a lift of their own
+Subset-Norm               none                           20 mn + 8 long
+Subspace-Momentum         2P                             24 mn + 8 c + 8 b
+  with Subset-Norm        2P                             16 mn + 8 c + 8 b + 8 long
+GUM, low-rank layers      2P + NS(r,long)                12 mn + 8 c + 8 b
+  layers at full size     2P + NS(short,long)            24 mn
+AuON                      none                           20 mn
+Hybrid-AuON, Muon         NS(short,long)                 20 mn
+FISMO                     8mn(m+n) + NS(short,long)      20 mn + 12 (m² + n²)
+Polynomial, degree 2      2mn*short for its curvature    12 mn
+                          and for each degree
+BAdam                     none                           28 mn of the active block
 
-All parameters that are not projected cost AdamW's 28 bytes per element.
+Parameters that are not projected cost AdamW's 28 bytes per element (20 for SGD, 16.06 and 14.06
+with 8 and 4-bit states). What happens at refreshes only is not part of a floor.
 """
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
-import torch
-
-from benchmarks.measure import timed
 from benchmarks.shapes import Shape
 
-PRODUCTS = {"adamw": 0, "galore": 2, "fira": 2, "apollo": 1, "apollo_mini": 1}
-_ADAMW_BYTES = 28
+_NEWTON_SCHULZ_STEPS = 5
+_POLYNOMIAL_DEGREE = 2
+_GUM_FULL_SIZE_LAYERS = 2
+_FRUGAL_DENSITY = 0.25
+_SPARSE_SHARE = 0.01  # of GaLore+'s residual
+# Bytes per element and scale that codes are read or written with: a float32 scale for 256 of them.
+_SCALE = 4 / 256
+_INT8, _INT4 = 4 * (1 + _SCALE), 4 * (0.5 + _SCALE)  # both moments, read and written
+_CODES = 1 + 2 * _SCALE  # of a weight, with a zero beside each scale
 
 
-def method_rank(family: str, shape: Shape) -> int:
-    """The rank that a method's paper uses on this shape."""
-    return 1 if family == "apollo_mini" else shape.rank
-
-
-def step_bytes(family: str, shape: Shape) -> int:
-    """Bytes that one normal step has to move."""
-    projected, plain = shape.elements()
-    coordinates, basis = shape.low_rank_elements(method_rank(family, shape))
-    if family == "adamw":
-        return _ADAMW_BYTES * (projected + plain)
-    if family.startswith("apollo"):
-        return _ADAMW_BYTES * plain + 16 * projected + 16 * coordinates
-    return _ADAMW_BYTES * plain + 12 * projected + 16 * coordinates + 8 * basis
-
-
-def step_flops(family: str, shape: Shape) -> int:
-    """Floating-point operations of the products that one normal step cannot avoid."""
-    rank = method_rank(family, shape)
-    return PRODUCTS[family] * sum(2 * m * n * min(rank, m, n) for m, n in shape.projected())
-
-
-def _cpu_seconds(call: Callable[[], object], repeats: int) -> float:
-    """CPU time, like the steps that the floor is compared with: another process does not count."""
-    return statistics.median(timed(call).cpu for _ in range(repeats))
-
-
-def _product_seconds(m: int, n: int, r: int, repeats: int = 4) -> tuple[float, float]:
-    """(project, lift) of one m x n matrix in cached buffers, each in its fastest layout."""
-    long, short = max(m, n), min(m, n)
-    g, c, out = torch.randn(long, short), torch.randn(long, r), torch.empty(long, short)
-    basis, coordinates = torch.randn(short, r), torch.empty(long, r)
-    basis_t, coordinates_t = basis.t().contiguous(), torch.empty(r, long)
-    project = [
-        lambda: torch.mm(g, basis, out=coordinates),
-        lambda: torch.mm(g, basis_t.t(), out=coordinates),
-        lambda: torch.mm(basis_t, g.t(), out=coordinates_t),
-    ]
-    lift = [
-        lambda: torch.mm(c, basis_t, out=out),
-        lambda: torch.mm(c, basis.t(), out=out),
-    ]
-    return (
-        min(_cpu_seconds(call, repeats) for call in project),
-        min(_cpu_seconds(call, repeats) for call in lift),
-    )
+def _newton_schulz(a: int, length: int) -> int:
+    return _NEWTON_SCHULZ_STEPS * (4 * a * a * length + 2 * a**3)
 
 
 @dataclass(frozen=True)
-class Rates:
-    """What the machine does at one moment: bytes per second, and seconds of the products.
+class Work:
+    """One step on an m x n matrix, and on an element that is not projected.
 
-    Bandwidth is that of scaling an array in place, one read and one write.
+    Args:
+        full: bytes per element of the matrix.
+        coordinates: bytes per low-rank coordinate.
+        basis: bytes per element of the basis.
+        vector: bytes per entry of the long dimension.
+        corners: bytes per entry of an m x m and an n x n matrix.
+        projections: products with the basis.
+        lifts: products back to full size.
+        transform: whether the matrix is multiplied with a square cosine matrix.
+        square: the products of near-square matrices.
+        plain: bytes per element of what is not projected.
     """
 
-    bandwidth: float
-    products: dict[tuple[int, int, int], tuple[float, float]]
+    full: float
+    coordinates: float = 0.0
+    basis: float = 0.0
+    vector: float = 0.0
+    corners: float = 0.0
+    projections: float = 0.0
+    lifts: float = 0.0
+    transform: bool = False
+    square: Literal["", "low-rank", "full", "fismo", "polynomial"] = ""
+    plain: float = 28.0
 
-    def floor(self, family: str, shape: Shape) -> tuple[float, float]:
-        """Seconds of (matrix products, memory traffic) of one normal step."""
-        rank, count = method_rank(family, shape), PRODUCTS[family]
-        seconds = 0.0
-        for m, n in shape.projected() if count else []:
-            project, lift = self.products[(max(m, n), min(m, n), rank)]
-            seconds += project + (lift if count == 2 else 0.0)
-        return seconds, step_bytes(family, shape) / self.bandwidth
+    def bytes(self, m: int, n: int, r: int) -> float:
+        """Bytes that have to be moved for one matrix."""
+        long, short = max(m, n), min(m, n)
+        low_rank = self.coordinates * r * long + self.basis * r * short
+        return self.full * m * n + low_rank + self.vector * long + self.corners * (m * m + n * n)
+
+    def square_flops(self, m: int, n: int, r: int) -> tuple[int, int]:
+        """FLOPs of near-square products, and the side at whose rate they run."""
+        long, short = max(m, n), min(m, n)
+        if self.square == "low-rank":
+            return _newton_schulz(r, long), r
+        flops = 0 if self.square in ("", "polynomial") else _newton_schulz(short, long)
+        if self.square == "fismo":
+            flops += 8 * m * n * (m + n)
+        elif self.square == "polynomial":
+            flops += 2 * m * n * short * (1 + _POLYNOMIAL_DEGREE)
+        return flops, short
 
 
-class Machine:
-    """Measures rates; meant to take its turn among the optimizers, once per round."""
+_ONE_EACH = {"projections": 1.0, "lifts": 1.0}
+_GALORE = Work(12, 16, 8, **_ONE_EACH)
+_8BIT = Work(12, _INT8, 8, **_ONE_EACH, plain=12 + _INT8)
+_APOLLO = Work(16, 16, projections=1)
+_ADAMW = Work(28)
 
-    def __init__(self) -> None:
-        # 512 MiB, far larger than a cache; kept, since mapping it anew takes longer than scaling.
-        self._array = torch.ones(1 << 27)
+WORK: dict[str, Work] = {
+    "adamw": _ADAMW,
+    "swats": _ADAMW,
+    "badam": _ADAMW,  # of the active block
+    "sgd": Work(20, plain=20),
+    "adamw_8bit": Work(12 + _INT8, plain=12 + _INT8),
+    "adamw_4bit": Work(12 + _INT4, plain=12 + _INT4),
+    "galore": _GALORE,
+    "coap": _GALORE,
+    "dct_adamw": _GALORE,
+    "fira": _GALORE,
+    "galore_plus": Work(12, 16, 8, projections=1 + _SPARSE_SHARE, lifts=1),
+    "subtrack": Work(16, 16, 8, **_ONE_EACH),
+    "apollo": _APOLLO,
+    "apollo_mini": _APOLLO,
+    "galore_8bit": _8BIT,
+    "coap_8bit": _8BIT,
+    "q_galore_fp32": Work(12, _INT8, 1.06, **_ONE_EACH, plain=12 + _INT8),
+    "q_galore": Work(4 + 2 * _CODES, _INT8, 1.06, **_ONE_EACH, plain=12 + _INT8),
+    "osd": Work(16, 16, 32, projections=2, lifts=1),
+    "dct_adamw_ef": Work(20, 16, lifts=2, transform=True),
+    "trion": Work(20, lifts=2, transform=True, square="low-rank"),
+    "ldadam": Work(20, 16, 16, projections=3, lifts=3),
+    "flora": Work(16, 8, **_ONE_EACH),
+    "frugal": _ADAMW,  # of a quarter
+    "frugal_svd": Work(16, 16, 8, projections=1, lifts=2),
+    "subset_norm": Work(20, vector=8),
+    "subspace_momentum": Work(24, 8, 8, **_ONE_EACH),
+    "sn_sm": Work(16, 8, 8, vector=8, **_ONE_EACH),
+    "gum": Work(12, 8, 8, square="low-rank", **_ONE_EACH),
+    "auon": Work(20),
+    "hybrid_auon": Work(20, square="full"),
+    "muon": Work(20, square="full"),
+    "fismo": Work(20, corners=12, square="fismo"),
+    "polynomial": Work(12, square="polynomial"),
+}
 
-    def rates(self, shape: Shape, family: str) -> Rates:
-        """The bandwidth, and the products of one shape and method, now."""
-        seconds = timed(lambda: self._array.mul_(1.0000001)).cpu
-        products = {}
-        if PRODUCTS.get(family):
-            rank = method_rank(family, shape)
-            for m, n in sorted({(max(size), min(size)) for size in shape.projected()}):
-                products[(m, n, rank)] = _product_seconds(m, n, min(rank, n))
-        return Rates(2 * self._array.numel() * 4 / seconds, products)
+
+def work_of(method: str, shape: Shape) -> list[tuple[float, Work]]:
+    """The kinds of work of a method, each with the share of the matrices that it is done on."""
+    main = WORK[method]
+    if method == "badam":
+        return [(1 / shape.layers, main)]
+    if method == "frugal":
+        return [(_FRUGAL_DENSITY, main), (1 - _FRUGAL_DENSITY, Work(12))]
+    if method == "gum":
+        share = _GUM_FULL_SIZE_LAYERS / len(shape.projected())
+        return [(1 - share, main), (share, Work(24, square="full", **_ONE_EACH))]
+    return [(1.0, main)]
+
+
+def method_rank(method: str, shape: Shape) -> int:
+    """The rank that a method's paper uses on this shape."""
+    return 1 if method == "apollo_mini" else shape.rank
+
+
+def matrices(method: str, shape: Shape) -> list[tuple[float, Work, int, int, int]]:
+    """(share, work, m, n, rank) of everything that a method does to the projected matrices."""
+    rank = method_rank(method, shape)
+    return [
+        (share, work, m, n, min(rank, m, n))
+        for share, work in work_of(method, shape)
+        for m, n in shape.projected()
+    ]
+
+
+def step_bytes(method: str, shape: Shape) -> int:
+    """Bytes that one normal step has to move."""
+    projected = sum(s * work.bytes(m, n, r) for s, work, m, n, r in matrices(method, shape))
+    return round(projected + WORK[method].plain * shape.elements()[1])
+
+
+def step_flops(method: str, shape: Shape) -> int:
+    """Floating-point operations of the products; a transform is counted as a product."""
+    total = 0.0
+    for share, work, m, n, r in matrices(method, shape):
+        low_rank = 2 * m * n * r * (work.projections + work.lifts)
+        transform = 2 * m * n * min(m, n) * work.transform
+        total += share * (low_rank + transform + work.square_flops(m, n, r)[0])
+    return round(total)

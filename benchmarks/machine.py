@@ -16,8 +16,28 @@ _PACKAGES = (
     "fira",
     "apollo-torch",
     "pytorch_optimizer",
+    "bitsandbytes",
+    "torchao",
+    "q-galore-torch",
+    "badam",
+    "flora-opt",
     "transformers",
+    "accelerate",
 )
+FOLDER_VARIABLE = "SUBSPAN_OFFICIAL_CODE"
+# Authors' code that is in no package index. Folder name: the public repository on GitHub, and the
+# commit that it was made to run with.
+REPOSITORIES = {
+    "AuON": "ryyzn9/AuON@bba2e82",
+    "FRUGAL": "fzmushko/FRUGAL@c7ebe4c",
+    "ISTA-DASLab-Optimizers": "IST-DASLab/ISTA-DASLab-Optimizers@4c98e6e",
+    "LBP-WHT": "SLDGroup/LBP-WHT@967c816",
+    "LDAdam": "IST-DASLab/LDAdam@f3c5daf",
+    "Online-Subspace-Descent": "kyleliang919/Online-Subspace-Descent@e694775",
+    "SubTrack": "criticalml-uw/SubTrack@94f2b65",
+    "coap": "bytedance/coap@deabc3a",
+    "sn-sm": "timmytonga/sn-sm@a4c1a4a",
+}
 
 
 def _cpu_model() -> str:
@@ -36,6 +56,13 @@ def _package_version(name: str) -> str:
         return version(name).split("+")[0]
     except PackageNotFoundError:
         return "not installed"
+
+
+def official_folder(repository: str) -> Path | None:
+    """Where a repository lies, or None if it is not there."""
+    root = os.environ.get(FOLDER_VARIABLE)
+    folder = Path(root).expanduser() / repository if root else None
+    return folder if folder is not None and folder.is_dir() else None
 
 
 def _command(arguments: list[str]) -> str:
@@ -59,4 +86,5 @@ def describe() -> dict[str, object]:
         "system": f"{platform.system()}, Python {platform.python_version()}",
         "malloc": ", ".join(tuned) if tuned else "default",
         "versions": {name: _package_version(name) for name in _PACKAGES},
+        "official": [at for name, at in REPOSITORIES.items() if official_folder(name)],
     }

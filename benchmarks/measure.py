@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -38,7 +39,10 @@ def timed(call: Callable[[], object]) -> Elapsed:
 
 
 def tensors_in(root: object) -> Iterator[Tensor]:
-    """Every tensor reachable from `root` through containers, attributes and slots, once each."""
+    """Every plain tensor reachable from `root` by containers, attributes and slots, once each.
+
+    Of tensor subclasses that wrap others (codes and scales), those others.
+    """
     seen: set[int] = set()
     # A strong reference to everything visited keeps ids from being reused during the walk.
     stack, visited = [root], []
@@ -48,7 +52,10 @@ def tensors_in(root: object) -> Iterator[Tensor]:
             continue
         seen.add(id(item))
         visited.append(item)
-        if isinstance(item, Tensor):
+        if isinstance(item, Tensor) and is_traceable_wrapper_subclass(item):
+            # It has the shape of what it stands for, and the bytes of what it is made of.
+            stack.extend(getattr(item, name) for name in item.__tensor_flatten__()[0])
+        elif isinstance(item, Tensor):
             yield item
         elif isinstance(item, dict):
             stack.extend(item.keys())
@@ -71,7 +78,7 @@ class Bytes:
 
 def count_bytes(root: object, exclude: list[Tensor]) -> Bytes:
     """Bytes of the tensors reachable from `root`, without the storages of `exclude`."""
-    skipped = {tensor.untyped_storage()._cdata for tensor in exclude}
+    skipped = {tensor.untyped_storage()._cdata for tensor in tensors_in(exclude)}
     logical, storages = 0, {}
     for tensor in tensors_in(root):
         storage = tensor.untyped_storage()

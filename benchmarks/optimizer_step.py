@@ -5,7 +5,8 @@ gradients and take turns, one step each per round, in one process and on one thr
 median of the per-round ratios, so that a change of the machine's speed hits both sides of it.
 
 A short gap makes refreshes frequent enough to time; it does not change what either kind of step
-costs, and amortised times are computed for the paper's gap.
+costs, and amortised times are computed for the paper's gap. Steps of over half a second are no
+longer repeated once everything has been seen.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.contenders import Contender
-from benchmarks.floors import PRODUCTS, Machine, Rates, step_bytes, step_flops
+from benchmarks.floors import step_bytes, step_flops
 from benchmarks.measure import (
     Elapsed,
     optimizer_bytes,
@@ -27,13 +28,13 @@ from benchmarks.measure import (
     release_memory,
     timed,
 )
+from benchmarks.rates import Machine, Rates
 from benchmarks.shapes import Model, Parameters, Shape
 
 TIMED_GAP = 5
 PAPER_GAP = 200
-_TIMED_ROUNDS = 2 * TIMED_GAP + 1  # first step, then two gaps with one refresh each
-_ROUNDS = _TIMED_ROUNDS + TIMED_GAP  # one more gap, in which memory is measured as well
 _WARM_UP = 2  # steps after which caches, threads and lazily built buffers are settled
+_SLOW = 0.5  # seconds
 
 
 def kind_of_step(index: int, phase: int | None, gap: int = TIMED_GAP) -> str:
@@ -49,24 +50,26 @@ class Run:
 
     contender: Contender
     optimizer: torch.optim.Optimizer | None
+    timed_rounds: int = 0
     error: str = ""
     times: dict[str, dict[int, Elapsed]] = field(default_factory=dict)
     peaks: dict[str, dict[str, int | None]] = field(default_factory=dict)
 
     def step(self, index: int) -> None:
         """Take step `index` and measure its time, its memory, or both."""
-        if self.optimizer is None:
+        if self.optimizer is None or (index >= self.timed_rounds and self._seen_enough()):
             return
         step = self.optimizer.step
         kind = kind_of_step(index, self.contender.phase)
         peaks, times = self.peaks.setdefault(kind, {}), self.times.setdefault(kind, {})
+        late = index >= self.timed_rounds
         try:
-            if index >= _TIMED_ROUNDS and "allocated" not in peaks:
+            if late and "allocated" not in peaks:
                 peaks["allocated"] = peak_allocated(step)  # the profiler slows the step
-            elif index > TIMED_GAP and kind == "refresh":
+            elif kind == "refresh" and index > self.timed_rounds - TIMED_GAP - 1:
                 # Refreshes take long: one is both timed and watched, which costs it little.
                 peaks["resident"] = peak_resident(lambda: times.update({index: timed(step)}))
-            elif index >= _TIMED_ROUNDS and "resident" not in peaks:
+            elif late and "resident" not in peaks:
                 peaks["resident"] = peak_resident(step)
             else:
                 times[index] = timed(step)
@@ -74,13 +77,30 @@ class Run:
             self.optimizer = None
             self.error = f"{type(error).__name__}: {error}".splitlines()[0]
 
+    def _seen_enough(self) -> bool:
+        """Whether a slow optimizer has shown time and memory of every kind of step."""
+        kinds = {"normal"} if self.contender.phase is None else {"normal", "refresh"}
+        peaks = [self.peaks.get(kind, {}) for kind in kinds]
+        if any(not {"allocated", "resident"} <= peak.keys() for peak in peaks):
+            return False
+        return statistics.median(self.seconds("normal")) > _SLOW
+
     def seconds(self, kind: str, clock: str = "cpu") -> list[float]:
         """Timed steps of one kind, without the warm-up."""
         steps = self.times.get(kind, {})
         return [getattr(e, clock) for i, e in steps.items() if kind == "first" or i >= _WARM_UP]
 
+    def extra_per_step(self) -> float:
+        """What refreshes cost beyond normal steps, in CPU seconds per step at the papers' gap."""
+        normal, refresh = self.seconds("normal"), self.seconds("refresh")
+        if not normal or not refresh:
+            return 0.0
+        return (statistics.median(refresh) - statistics.median(normal)) / PAPER_GAP
 
-def _start(contender: Contender, model: Model, shape: Shape) -> tuple[Run, Parameters | None]:
+
+def _start(
+    contender: Contender, model: Model, shape: Shape, timed_rounds: int
+) -> tuple[Run, Parameters | None]:
     parameters = model.copy()
     try:
         optimizer = contender.build(parameters, shape.rank, TIMED_GAP)
@@ -88,7 +108,7 @@ def _start(contender: Contender, model: Model, shape: Shape) -> tuple[Run, Param
         return Run(contender, None, f"not installed ({error.name or error})"), None
     except Exception as error:
         return Run(contender, None, f"{type(error).__name__}: {error}".splitlines()[0]), None
-    return Run(contender, optimizer), parameters
+    return Run(contender, optimizer, timed_rounds), parameters
 
 
 def spread(values: list[float]) -> dict[str, float] | None:
@@ -100,13 +120,13 @@ def spread(values: list[float]) -> dict[str, float] | None:
 
 def _ratios(ours: Run, other: Run, kind: str) -> dict[str, float] | None:
     """Our time over the other's, round by round (refreshes by their order)."""
-    mine, theirs = ours.times.get(kind, {}), other.times.get(kind, {})
     if kind == "refresh":
         pairs = zip(ours.seconds(kind), other.seconds(kind), strict=False)
-    else:
-        common = [i for i in mine if i in theirs and i >= _WARM_UP]
-        pairs = zip([mine[i].cpu for i in common], [theirs[i].cpu for i in common], strict=True)
-    return spread([a / b for a, b in pairs])
+        return spread([a / b for a, b in pairs])
+    more = [run.extra_per_step() if kind == "amortised" else 0.0 for run in (ours, other)]
+    mine, theirs = ours.times.get("normal", {}), other.times.get("normal", {})
+    common = [i for i in mine if i in theirs and i >= _WARM_UP]
+    return spread([(mine[i].cpu + more[0]) / (theirs[i].cpu + more[1]) for i in common])
 
 
 def _row(run: Run, shape: Shape) -> dict[str, Any]:
@@ -116,47 +136,61 @@ def _row(run: Run, shape: Shape) -> dict[str, Any]:
         "family": contender.family,
         "name": contender.name,
         "package": contender.package,
+        "official": contender.official,
+        "note": contender.note,
+        "method": contender.method,
         "error": run.error,
     }
     if run.optimizer is None:
         return row
     for kind in ("first", "normal", "refresh"):
         row[kind] = {clock: spread(run.seconds(kind, clock)) for clock in ("cpu", "wall")}
-    normal, refresh = row["normal"]["cpu"], row["refresh"]["cpu"]
-    if normal and refresh:
-        extra = refresh["median"] - normal["median"]
-        row["amortised"] = normal["median"] + extra / PAPER_GAP
+    if row["normal"]["cpu"]:
+        row["amortised"] = row["normal"]["cpu"]["median"] + run.extra_per_step()
     state, held = optimizer_bytes(run.optimizer)
     row["state"], row["held"] = asdict(state), asdict(held)
     row["peaks"] = {kind: peak for kind, peak in run.peaks.items() if peak}
     return row
 
 
-def _floor(run: Run, shape: Shape, rates: list[Rates]) -> dict[str, Any] | None:
-    """The floor from the rates of each round, and this run's normal steps relative to it."""
-    family = "adamw" if run.contender.package == "torch" else run.contender.family
-    if family not in PRODUCTS:
-        return None
-    floors = [now.floor(family, shape) for now in rates]
+def _floor(run: Run, shape: Shape, rates: list[Rates]) -> dict[str, Any]:
+    """The floor from the rates of each round, and this run's steps relative to it."""
+    method = run.contender.method
+    floors = [now.floor(method, shape) for now in rates]
     steps = {i: t.cpu for i, t in run.times.get("normal", {}).items() if i >= _WARM_UP}
+    extra = run.extra_per_step()
     return {
         "products": statistics.median(f[0] for f in floors),
         "memory": statistics.median(f[1] for f in floors),
-        "flops": step_flops(family, shape),
-        "bytes": step_bytes(family, shape),
+        "flops": step_flops(method, shape),
+        "bytes": step_bytes(method, shape),
         "distance": spread([seconds / sum(floors[i]) for i, seconds in steps.items()]),
+        "amortised": spread([(s + extra) / sum(floors[i]) for i, s in steps.items()]),
     }
 
 
 def _rates_seen(rates: list[Rates]) -> dict[str, Any]:
     """Medians over the rounds, for the report."""
     products = []
-    for (m, n, r), _ in rates[0].products.items():
-        flops = 2 * m * n * min(r, n)
+    for m, n, r in rates[0].products:
         both = [now.products[(m, n, r)] for now in rates]
-        project, lift = (flops / statistics.median(b[i] for b in both) for i in (0, 1))
+        project, lift = (2 * m * n * r / statistics.median(b[i] for b in both) for i in (0, 1))
         products.append({"m": m, "n": n, "rank": r, "project": project, "lift": lift})
-    return {"bandwidth": statistics.median(now.bandwidth for now in rates), "products": products}
+    squares = [
+        {"side": side, "rate": statistics.median(now.squares[side] for now in rates)}
+        for side in rates[0].squares
+    ]
+    transforms = [
+        {"m": m, "n": n, "seconds": statistics.median(now.transforms[(m, n)] for now in rates)}
+        for m, n in rates[0].transforms
+    ]
+    bandwidth = statistics.median(now.bandwidth for now in rates)
+    return {
+        "bandwidth": bandwidth,
+        "products": products,
+        "squares": squares,
+        "transforms": transforms,
+    }
 
 
 def measure_family(
@@ -165,16 +199,28 @@ def measure_family(
     shape: Shape,
     machine: Machine,
     progress: Callable[[str], None],
+    gaps: int = 2,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Step the members of one family in turn; return their rows and the machine's rates."""
-    family = members[0].family
+    """Step the members of one family in turn; return their rows and the machine's rates.
+
+    Args:
+        members: of the family.
+        model: whose parameters each of them gets a copy of.
+        shape: of that model.
+        machine: measures rates in every round.
+        progress: gets a line per member.
+        gaps: how many, with one refresh each, are timed after the first step; one more follows in
+            which memory is measured as well.
+    """
+    timed_rounds = gaps * TIMED_GAP + 1
     runs, kept_alive, rates = [], [], []
     for member in members:
-        run, parameters = _start(member, model, shape)
+        run, parameters = _start(member, model, shape, timed_rounds)
         runs.append(run)
         kept_alive.append(parameters)
-    for index in range(_ROUNDS):
-        rates.append(machine.rates(shape, family))
+    methods = {member.method for member in members}
+    for index in range(timed_rounds + TIMED_GAP):
+        rates.append(machine.rates(shape, methods))
         # Start each round with another member: nobody always runs after the same neighbour.
         offset = index % len(runs)
         for run in runs[offset:] + runs[:offset]:
@@ -182,20 +228,24 @@ def measure_family(
     rows = [_row(run, shape) for run in runs]
     mine = [run for run in runs if run.contender.ours and run.optimizer is not None]
     for run, row in zip(runs, rows, strict=True):
-        if run.optimizer is not None:
-            row["floor"] = _floor(run, shape, rates)
-        if run.contender.ours or run.optimizer is None:
+        if run.optimizer is None:
+            continue
+        row["floor"] = _floor(run, shape, rates)
+        if run.contender.ours:
             continue
         row["ours_over_this"] = {
-            our.contender.name: {kind: _ratios(our, run, kind) for kind in ("normal", "refresh")}
+            our.contender.name: {
+                kind: _ratios(our, run, kind) for kind in ("normal", "refresh", "amortised")
+            }
             for our in mine
+            if run.contender.reference or our.contender.method == run.contender.method
         }
     for run, row in zip(runs, rows, strict=True):
         said = run.error or f"{1e3 * row['normal']['cpu']['median']:.1f} ms"
         progress(f"{shape.name} {run.contender.label}: {said}")
     del runs, kept_alive
     release_memory()
-    return rows, {"family": family, **_rates_seen(rates)}
+    return rows, {"family": members[0].family, **_rates_seen(rates)}
 
 
 def measure_staggered(model: Model, shape: Shape) -> dict[str, Any] | None:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+# The matrices of a layer, in the order of `Shape.projected`.
+_NAMES = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -52,6 +55,18 @@ class Parameters:
 
     projected: list[nn.Parameter]
     plain: list[nn.Parameter]
+
+    def named_projected(self) -> list[tuple[str, nn.Parameter]]:
+        """With the names that they have in a LLaMA."""
+        count = len(_NAMES)
+        return [
+            (f"model.layers.{i // count}.{_NAMES[i % count]}.weight", parameter)
+            for i, parameter in enumerate(self.projected)
+        ]
+
+    def named_plain(self) -> list[tuple[str, nn.Parameter]]:
+        """With names that belong to no layer."""
+        return [(f"plain.{i}", parameter) for i, parameter in enumerate(self.plain)]
 
 
 def decaying_gradient(m: int, n: int, generator: torch.Generator, decay: float = 0.02) -> Tensor:

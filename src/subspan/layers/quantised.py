@@ -76,7 +76,7 @@ class QuantisedLinear(nn.Linear):
         moved = fn(probe)
         if (moved.dtype, moved.device) == (probe.dtype, probe.device):
             return self
-        return super()._apply(fn, recurse)  # type: ignore[no-any-return]
+        return super()._apply(fn, recurse)
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
