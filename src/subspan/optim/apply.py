@@ -10,7 +10,7 @@ from torch import Tensor
 
 from subspan.optim.composition import Composition
 from subspan.optim.parts.inner import Rate
-from subspan.optim.parts.output import MomentumLoss, Seen, Update
+from subspan.optim.parts.scene import MomentumLoss, Seen, Update
 from subspan.optim.parts.workspace import Workspace
 from subspan.subspaces.bases import Subspace
 

@@ -9,7 +9,6 @@ belongs into a bucket and the state it has, `checkpoint` what may be loaded.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,31 +20,21 @@ from subspan.optim.backward import BackwardUpdates, Clipping
 from subspan.optim.bucket import Bucket
 from subspan.optim.collect import assignments, buckets, gradients_are_usable
 from subspan.optim.composition import Composition
-from subspan.optim.groups import (
-    check_exactness,
-    check_parameters,
-    is_projected,
-    lay_out,
-    unique,
-)
 from subspan.optim.parts.inner import Adam
-from subspan.optim.parts.output import Scene, Seen, Update
+from subspan.optim.parts.scene import Scene, Seen, Update
 from subspan.optim.parts.workspace import Workspace
 from subspan.optim.refreshing import follow, look
 from subspan.optim.resizing import adapt_ranks
-from subspan.optim.resting import follow_activity, rests, wake
-from subspan.subspaces.bases import Subspace
-from subspan.subspaces.layout import Layout
-from subspan.subspaces.ranks import EnergyRank
+from subspan.optim.resting import follow_activity
+from subspan.optim.roster import Parameters, Roster
 
 if TYPE_CHECKING:
-    from subspan.optim.registry import Recipe
+    pass
 
 Plan = list[tuple[dict[str, Any], Composition, list[Tensor]]]
-Parameters = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
 
-class SubspaceOptimizer(torch.optim.Optimizer):
+class SubspaceOptimizer(Roster):
     """Base of every recipe's constructor; see `subspan.optim.methods()` for the list.
 
     Args:
@@ -60,9 +49,12 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             project: True or False projects all or none of a group's tensors; None decides as above.
             stacked: read weights of more than two dimensions as batches of matrices (experts)
                 instead of flattening all but the first dimension (convolutions).
-            storage: format of the state, "parameter" (the parameter's dtype), "fp32" or "bf16", or
-                a mapping from "first_moment", "second_moment", "basis", "error" to them.
-            stochastic_rounding: write bf16 weights and moments with stochastic rounding.
+            refresh: None keeps the method's policy; "staggered", "lazy", "drift", or a policy.
+            storage: format of the state ("parameter", "fp32", "bf16", "int8", "int4", ...; see
+                `parts/storage.py`), or a mapping from "first_moment", "second_moment", "basis",
+                "error" to formats.
+            stochastic_rounding: write bf16 weights and moments, and int8 weights, with stochastic
+                rounding.
             nonfinite: what to do when a gradient holds NaN or infinity. "raise": an error names the
                 parameter, which is not updated; parameters that came before it may have taken the
                 step. "skip": all gradients are checked first and the whole step is left out
@@ -75,172 +67,10 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         TypeError: for options that the recipe does not have.
     """
 
-    recipe: Recipe
-
     def __init__(self, params: Parameters, **options: Any) -> None:
-        self.recipe.check_options(options)
         self.skipped_steps = 0
         self._backward: BackwardUpdates | None = None
-        self._largest = 0
-        self._layouts: dict[Tensor, Layout] = {}
-        self._idle_layouts: dict[Tensor, Layout] = {}
-        self._places: dict[Tensor, tuple[int, int]] = {}
-        self._homes: dict[Tensor, tuple[torch.device, torch.dtype]] = {}
-        self._positions: dict[Tensor, int] = {}
-        self._compositions: list[tuple[list[Any], Composition]] = []
-        super().__init__(params, {**self.recipe.defaults, **options})
-
-    # ------------------------------------------------------------------ groups
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its own hyper-parameters override the optimizer's.
-
-        Duplicates within it count once.
-        """
-        given = {key for key in param_group if key not in ("params", "param_names")}
-        self.recipe.check_options(dict.fromkeys(given))
-        param_group["params"] = unique(param_group["params"])
-        check_parameters(param_group["params"])
-        wake(item[1] if isinstance(item, tuple) else item for item in param_group["params"])
-        if param_group.get("rank") is not None and param_group.get("project") is None:
-            param_group["project"] = True  # a group that sets a rank of its own means all of it
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        group["steps"] = 0
-        try:
-            self.recipe.check_group(group)
-            composition = self.recipe.compose(group)
-            self._lay_out(group, composition)
-        except Exception:
-            self.param_groups.pop()
-            for parameter in group["params"]:
-                self._layouts.pop(parameter, None)
-                self._positions.pop(parameter, None)
-            raise
-        self._compositions.append((self._snapshot(group), composition))
-        if composition.activity is not None and composition.activity.freezes:
-            follow_activity(self, group, composition.activity)
-
-    def _lay_out(self, group: dict[str, Any], composition: Composition) -> None:
-        """Decide how every parameter of a new group is seen."""
-        names = group.get("param_names") or [None] * len(group["params"])
-        for parameter, name in zip(group["params"], names, strict=True):
-            index = len(self._layouts)
-            projected = is_projected(group, composition, parameter, name)
-            arguments = (parameter, name or str(index), index, projected)
-            self._layouts[parameter] = lay_out(group, composition, *arguments)
-            if composition.idle is not None:
-                self._idle_layouts[parameter] = lay_out(group, composition.idle, *arguments)
-            self._homes[parameter] = (parameter.device, parameter.dtype)
-            self._positions[parameter] = len(self._compositions)
-            check_exactness(composition, self._layouts[parameter], parameter)
-        self._largest = max((layout.natural_size for layout in self._layouts.values()), default=0)
-        everyone = self.projected(group)
-        self._places.update((p, (i, len(everyone))) for i, p in enumerate(everyone))
-        if composition.activity is not None:
-            composition.activity.check([self._layouts[parameter] for parameter in everyone])
-
-    def projected(self, group: dict[str, Any]) -> list[Tensor]:
-        """The parameters of a group to which the recipe's subspace or activity applies."""
-        return [parameter for parameter in group["params"] if self._layouts[parameter].projected]
-
-    def layout_of(self, parameter: Tensor) -> Layout:
-        """How a parameter is seen: side, rank, shapes."""
-        return self.layout_in(parameter, self._is_active(parameter))
-
-    def layout_in(self, parameter: Tensor, active: bool) -> Layout:
-        """The same for a period in which it is active, or is not."""
-        layouts = self._layouts if active else self._idle_layouts
-        return layouts.get(parameter, self._layouts[parameter])
-
-    def set_layout(self, parameter: Tensor, layout: Layout) -> None:
-        """Change how a parameter is seen; its state has to be changed with it."""
-        self._layouts[parameter] = layout
-
-    def knows(self, parameter: Tensor) -> bool:
-        """Whether it is one of the optimizer's."""
-        return parameter in self._layouts
-
-    def subspace_of(self, parameter: Tensor) -> Subspace | None:
-        """The subspace in force for a parameter; None if it has none, or before its first step."""
-        state, parts = self.state[parameter], self.parts_of(parameter)
-        if parts is None or parts.finder is None or not state.get("refreshed"):
-            return None
-        layout = self.layout_of(parameter)
-        bucket = Bucket([parameter], [], [state], [layout], 0, 0, codecs=parts.codecs(layout))
-        return parts.finder.unpack(bucket.load(), layout, bucket.dtype, bucket.device)
-
-    def place_of(self, parameter: Tensor) -> tuple[int, int]:
-        """Position of a projected parameter among those of its group, and their number."""
-        return self._places[parameter]
-
-    def check_home(self, parameter: Tensor) -> None:
-        """Refuse a parameter that has moved since the optimizer was built.
-
-        Raises:
-            RuntimeError: naming the parameter and both places.
-        """
-        home, now = self._homes[parameter], (parameter.device, parameter.dtype)
-        if home != now:
-            raise RuntimeError(
-                f"parameter {self._layouts[parameter].name!r} was on {home[0]} as {home[1]} when "
-                f"the optimizer was built and is on {now[0]} as {now[1]} now: move the model first "
-                "and build the optimizer afterwards"
-            )
-
-    def _is_active(self, parameter: Tensor) -> bool:
-        if parameter not in self.state:
-            return not rests(parameter)
-        return bool(self.state[parameter].get("active", 1))
-
-    def _snapshot(self, group: dict[str, Any]) -> list[Any]:
-        return [group[name] for name in self.recipe.structure]
-
-    def composition(self, position: int) -> Composition:
-        """The parts of a param group, rebuilt when its hyper-parameters have changed.
-
-        Raises:
-            ValueError: if the change would alter the layout or the state of a parameter (rank,
-                side, storage, ...).
-        """
-        group = self.param_groups[position]
-        snapshot, composition = self._compositions[position]
-        current = self._snapshot(group)
-        if current == snapshot:
-            return composition
-        self.recipe.check_group(group)
-        new = self.recipe.compose(group)
-        for parameter in group["params"]:
-            old = self._layouts[parameter]
-            layout = lay_out(group, new, parameter, old.name, old.index, old.projected)
-            if isinstance(new.rank, EnergyRank):
-                layout = replace(layout, rank=old.rank)
-            before, after = composition.parts_for(old), new.parts_for(layout)
-            same_state = before.declarations(old) == after.declarations(layout)
-            if layout != old or not same_state or composition.storage != new.storage:
-                changed = [
-                    f"{name} from {was!r} to {now!r}"
-                    for name, was, now in zip(self.recipe.structure, snapshot, current, strict=True)
-                    if was != now
-                ]
-                raise ValueError(
-                    f"{', '.join(changed)}: this changes the state of parameter {old.name!r} in "
-                    "the middle of a run; build a new optimizer instead"
-                )
-        self._compositions[position] = (current, new)
-        return new
-
-    def parts_of(self, parameter: Tensor) -> Composition | None:
-        """The composition that updates a parameter; None while it rests."""
-        return self.parts_in(parameter, self._is_active(parameter))
-
-    def parts_in(self, parameter: Tensor, active: bool) -> Composition | None:
-        """The same for a period in which it is active, or is not."""
-        composition: Composition | None = self.composition(self._positions[parameter])
-        assert composition is not None
-        if not active:
-            composition = composition.idle
-        return None if composition is None else composition.parts_for(self._layouts[parameter])
+        super().__init__(params, **options)
 
     # ------------------------------------------------------------------ the step
 

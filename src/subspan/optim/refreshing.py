@@ -10,7 +10,7 @@ from torch import Tensor
 from subspan.optim.bucket import FIND, FOLLOW, Bucket
 from subspan.optim.collect import check_bucket, checked_in_bucket
 from subspan.optim.composition import Composition
-from subspan.optim.parts.output import MomentumLoss, Seen
+from subspan.optim.parts.scene import MomentumLoss, Seen
 from subspan.optim.parts.workspace import Workspace
 from subspan.subspaces.bases import Dense, Subspace
 from subspan.subspaces.finders import Sight

@@ -16,10 +16,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from subspan.optim.composition import Composition
-from subspan.optim.engine import Parameters, SubspaceOptimizer
+from subspan.optim.engine import SubspaceOptimizer
 from subspan.optim.parts.inner import check_non_negative
 from subspan.optim.parts.refresh import resolve_refresh
 from subspan.optim.parts.storage import Storage
+from subspan.optim.roster import Parameters
 from subspan.subspaces.layout import check_rank
 from subspan.subspaces.ranks import EnergyRank
 

@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from subspan.optim.parts.activity import Activity
 
 if TYPE_CHECKING:
-    from subspan.optim.engine import SubspaceOptimizer
+    from subspan.optim.roster import Roster
 
 # Parameters whose gradient an optimizer has turned off for a while.
 _RESTING = WeakTensorKeyDictionary()
@@ -41,7 +41,7 @@ def wake(parameters: Iterable[Tensor]) -> None:
 
 
 def follow_activity(
-    optimizer: SubspaceOptimizer,
+    optimizer: Roster,
     group: dict[str, Any],
     activity: Activity,
     before: int | None = None,

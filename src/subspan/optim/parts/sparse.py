@@ -10,7 +10,8 @@ from torch import Tensor
 
 from subspan.optim.parts.activity import check_gap
 from subspan.optim.parts.inner import Adam
-from subspan.optim.parts.output import Remainder, Scene, Update
+from subspan.optim.parts.output import Remainder
+from subspan.optim.parts.scene import Scene, Update
 from subspan.subspaces.layout import Layout, StateDeclaration
 
 
