@@ -44,6 +44,10 @@ def kind_of_step(index: int, phase: int | None, gap: int = TIMED_GAP) -> str:
     return "refresh" if phase is not None and (index + phase) % gap == 0 else "normal"
 
 
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 @dataclass
 class Run:
     """One contender's live optimizer and what was measured of it."""
@@ -75,7 +79,7 @@ class Run:
                 times[index] = timed(step)
         except Exception as error:  # a peer's failure is a row, not the end of the run
             self.optimizer = None
-            self.error = f"{type(error).__name__}: {error}".splitlines()[0]
+            self.error = _first_line(error)
 
     def _seen_enough(self) -> bool:
         """Whether a slow optimizer has shown time and memory of every kind of step."""
@@ -105,9 +109,9 @@ def _start(
     try:
         optimizer = contender.build(parameters, shape.rank, TIMED_GAP)
     except ImportError as error:
-        return Run(contender, None, f"not installed ({error.name or error})"), None
+        return Run(contender, None, error=f"not installed ({error.name or error})"), None
     except Exception as error:
-        return Run(contender, None, f"{type(error).__name__}: {error}".splitlines()[0]), None
+        return Run(contender, None, error=_first_line(error)), None
     return Run(contender, optimizer, timed_rounds), parameters
 
 
