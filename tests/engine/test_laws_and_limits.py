@@ -12,7 +12,8 @@ import subspan.optim as optim
 from subspan import linalg
 from subspan.optim import Composed, Composition
 from subspan.optim.parts.adafactor import Adafactor
-from subspan.optim.parts.inner import SGD, Adam, AverageMomentum, Lion
+from subspan.optim.parts.descent import SGD, AverageMomentum, Lion
+from subspan.optim.parts.inner import Adam
 from subspan.optim.parts.muon import Muon
 from subspan.optim.parts.normaliser import FactoredRMS
 from subspan.optim.parts.output import (

@@ -11,7 +11,8 @@ from torch import nn
 import subspan.optim as optim
 from subspan.optim import Composed, Composition
 from subspan.optim.parts.adafactor import Adafactor
-from subspan.optim.parts.inner import SGD, Adam
+from subspan.optim.parts.descent import SGD
+from subspan.optim.parts.inner import Adam
 from subspan.optim.parts.output import Lift
 from subspan.optim.parts.refresh import Refresh
 from subspan.optim.parts.sparse import SparseMoments

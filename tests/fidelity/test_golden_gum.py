@@ -12,7 +12,7 @@ from recording import PARAMETERS, follow, load, recorded_bases
 
 import subspan.optim as optim
 from subspan.optim.parts.activity import Sampled
-from subspan.optim.parts.inner import SGD
+from subspan.optim.parts.descent import SGD
 from subspan.optim.parts.muon import Muon
 from subspan.subspaces.finders import SVD, Replay
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from subspan.optim.bucket import Bucket, is_quantised, keep_numbers, pieces
 from subspan.optim.composition import Composition
 from subspan.optim.parts.activity import Activity
-from subspan.optim.parts.inner import Adam
 from subspan.subspaces.layout import Layout
 
 if TYPE_CHECKING:
@@ -177,7 +176,7 @@ def buckets(
         bucket = bucket_of(optimizer, parameter, group, parts)
         layout, state = bucket.layout, bucket.states[0]
         if parts.elementwise:
-            if isinstance(parts.inner, Adam) and _is_native(bucket):
+            if parts.inner.can_step_weights(bucket.age) and _is_native(bucket):
                 key = (bucket.dtype, bucket.device, bucket.step, bucket.age)
                 fused.setdefault(key, []).append(bucket)
             else:
@@ -255,7 +254,6 @@ def _update_fused(
     members: list[Bucket], group: State, parts: Composition, step: int, age: int
 ) -> None:
     inner = parts.inner
-    assert isinstance(inner, Adam)
     weights, gradients, states = (
         [getattr(bucket, name)[0] for bucket in members]
         for name in ("weights", "gradients", "states")
@@ -268,7 +266,7 @@ def _update_fused(
 
 def update_elementwise(bucket: Bucket, group: State, parts: Composition) -> bool:
     """Update a bucket with the fused kernel if that can be done; False if it cannot."""
-    if not isinstance(parts.inner, Adam) or not _is_native(bucket):
+    if not parts.inner.can_step_weights(bucket.age) or not _is_native(bucket):
         return False
     _update_fused([bucket], group, parts, bucket.step, bucket.age)
     return True

@@ -20,7 +20,6 @@ from subspan.optim.backward import BackwardUpdates, Clipping
 from subspan.optim.bucket import Bucket
 from subspan.optim.collect import assignments, buckets, gradients_are_usable
 from subspan.optim.composition import Composition
-from subspan.optim.parts.inner import Adam
 from subspan.optim.parts.scene import Scene, Seen, Update
 from subspan.optim.parts.workspace import Workspace
 from subspan.optim.refreshing import follow, look
@@ -204,7 +203,7 @@ class SubspaceOptimizer(Roster):
         rate = 1.0 if parts.clip_rms is not None else lr * parts.lr_scale
         rate = rate * parts.inner.shape_factor(bucket.layout)
         seen = look(bucket, parts, group, state, work)
-        if parts.elementwise and isinstance(parts.inner, Adam) and _contiguous(weight, seen, state):
+        if parts.elementwise and _takes_kernel(parts, bucket.age, weight, seen, state):
             decay = group["weight_decay"]
             assert isinstance(rate, float)
             parts.inner.step_weights(
@@ -297,7 +296,11 @@ class SubspaceOptimizer(Roster):
         return {**super().__getstate__(), **own, "_backward": None}
 
 
-def _contiguous(weight: Tensor, seen: Seen, state: dict[str, Any]) -> bool:
+def _takes_kernel(
+    parts: Composition, age: int, weight: Tensor, seen: Seen, state: dict[str, Any]
+) -> bool:
     """Whether a fused kernel may walk through weight, gradient and moments alike."""
-    tensors = (weight, seen.gradient, state["exp_avg"], state["exp_avg_sq"])
-    return all(tensor.is_contiguous() for tensor in tensors)
+    if not parts.inner.can_step_weights(age):
+        return False
+    moments = [value for value in state.values() if isinstance(value, Tensor)]
+    return all(tensor.is_contiguous() for tensor in (weight, seen.gradient, *moments))

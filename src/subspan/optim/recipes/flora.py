@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from subspan.optim.composition import Composition
-from subspan.optim.parts.inner import AverageMomentum, check_non_negative
+from subspan.optim.parts.descent import AverageMomentum
+from subspan.optim.parts.inner import check_non_negative
 from subspan.optim.parts.normaliser import FactoredRMS
 from subspan.optim.parts.output import Stateless
 from subspan.optim.parts.refresh import Every

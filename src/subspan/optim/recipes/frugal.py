@@ -8,7 +8,8 @@ from typing import Literal
 
 from subspan.optim.composition import Composition
 from subspan.optim.parts.activity import Blocks
-from subspan.optim.parts.inner import SGD, Adam, Inner, Lion, SignDescent
+from subspan.optim.parts.descent import SGD, Lion, SignDescent
+from subspan.optim.parts.inner import Adam, Inner
 from subspan.optim.parts.output import Discard, Stateless
 from subspan.optim.parts.refresh import Every
 from subspan.optim.parts.transport import Keep, Reset

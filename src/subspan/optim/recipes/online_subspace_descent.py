@@ -5,7 +5,8 @@ from __future__ import annotations
 from subspan.optim.composition import Composition
 from subspan.optim.parts.activity import check_gap
 from subspan.optim.parts.adafactor import Adafactor
-from subspan.optim.parts.inner import Adam, Inner, Lion
+from subspan.optim.parts.descent import Lion
+from subspan.optim.parts.inner import Adam, Inner
 from subspan.optim.parts.output import Lift, SignedLift
 from subspan.optim.parts.refresh import Every, Refresh
 from subspan.optim.registry import recipe

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from subspan.optim.composition import Composition
-from subspan.optim.parts.inner import SGD as Descent
+from subspan.optim.parts.descent import SGD as Descent
 from subspan.optim.registry import recipe
 
 

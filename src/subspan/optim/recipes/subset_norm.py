@@ -10,15 +10,8 @@ from torch import Tensor
 
 from subspan.optim.composition import Composition
 from subspan.optim.parts import normaliser
-from subspan.optim.parts.inner import (
-    SGD,
-    Adam,
-    AverageMomentum,
-    Direction,
-    Inner,
-    Rate,
-    check_betas,
-)
+from subspan.optim.parts.descent import SGD, AverageMomentum
+from subspan.optim.parts.inner import Adam, Direction, Inner, Rate, check_betas
 from subspan.optim.parts.output import PassThrough
 from subspan.optim.parts.refresh import Every
 from subspan.optim.parts.transport import Forget, Keep
