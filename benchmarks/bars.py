@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.shapes import SHAPES, Shape
 
 Numbers = dict[str, Any]
-Bar = tuple[str, str, str, bool]  # what, bar, measured, held
+
+
+class Bar(NamedTuple):
+    """What was measured, the bar, the measured value, and their ratio: held if at most one."""
+
+    what: str
+    limit: str
+    measured: str
+    excess: float
+
+    @property
+    def held(self) -> bool:
+        return self.excess <= 1.0
+
 
 _FP32 = 4
 # The first methods, which have bars for their normal steps as well.
@@ -25,8 +38,8 @@ def expected_state_bytes(name: str, shape: Shape) -> int | None:
     return None
 
 
-def _at_most(what: str, limit: float, value: float, unit: str = "x") -> Bar:
-    return what, f"at most {limit:g}{unit}", f"{value:.2f}{unit}", value <= limit
+def _at_most(what: str, limit: float, value: float) -> Bar:
+    return Bar(what, f"at most {limit:g}x", f"{value:.2f}x", value / limit)
 
 
 def _time_bars(rows: list[Numbers]) -> list[Bar]:
@@ -64,19 +77,20 @@ def _memory_bars(rows: list[Numbers], shape: Shape) -> list[Bar]:
             continue
         expected = expected_state_bytes(row["name"], shape)
         if expected is not None:
-            state = row["state"]
-            found = f"{state['logical']} logical, {state['retained']} retained"
-            exact = state["logical"] == state["retained"] == expected
-            bars.append((f"state bytes, {row['name']}", f"exactly {expected}", found, exact))
+            logical, retained = row["state"]["logical"], row["state"]["retained"]
+            found = f"{logical} logical, {retained} retained"
+            # Fewer bytes than the method needs are as wrong as more.
+            excess = max(max(x, expected) / min(x, expected) for x in (logical, retained))
+            bars.append(Bar(f"state bytes, {row['name']}", f"exactly {expected}", found, excess))
         peaks = [peak["allocated"] for peak in row["peaks"].values() if "allocated" in peak]
         if peaks:
-            what = f"peak extra over the largest projected matrix, {row['name']}, any step"
+            what = f"peak extra over the largest projected matrix, {row['name']}"
             bars.append(_at_most(what, 3, max(peaks) / largest))
     return bars
 
 
 def bars(results: Numbers) -> list[Bar]:
-    """Every bar that these results can speak to, for the 60M shape."""
+    """Every bar that these results can speak to, for the 60M shape, the most missed first."""
     shape = SHAPES["60m"]
     rows = [row for row in results["rows"] if row["shape"] == shape.name]
     found = _time_bars(rows) + _memory_bars(rows, shape)
@@ -91,5 +105,5 @@ def bars(results: Numbers) -> list[Bar]:
     ]
     if lowest:
         what = "energy of the default basis over the exact one, real gradients, lowest of all"
-        found.append((what, "at least 0.995", f"{min(lowest):.5f}", min(lowest) >= 0.995))
-    return found
+        found.append(Bar(what, "at least 0.995", f"{min(lowest):.5f}", 0.995 / min(lowest)))
+    return sorted(found, key=lambda bar: -bar.excess)

@@ -63,16 +63,23 @@ def _notes(rows: list[Numbers]) -> dict[str, int]:
 
 def _step_table(rows: list[Numbers]) -> str:
     header = ["optimizer", "normal step, CPU ms", "wall ms", "refresh step, CPU ms"]
-    header += ["amortised, gap 200", "floor ms", "amortised / floor"]
+    header += ["amortised, gap 200", "/ fused AdamW", "floor ms", "/ floor"]
     body = []
     listed = _unique(rows)
     notes = _notes(listed)
+    over_adamw = {
+        (row["family"], ours): kinds["amortised"]
+        for row in rows
+        if row["reference"]
+        for ours, kinds in row.get("ours_over_this", {}).items()
+    }
     for row in listed:
         label = _label(row) + (f" <sup>{notes[row['note']]}</sup>" if row["note"] else "")
         if row["error"]:
-            body.append([label, row["error"], *[""] * 5])
+            body.append([label, row["error"], *[""] * 6])
             continue
         floor, wall = row["floor"], row["normal"]["wall"]
+        mine = (row["family"], row["name"] if row["package"] == "subspan" else "")
         body.append(
             [
                 label,
@@ -80,6 +87,7 @@ def _step_table(rows: list[Numbers]) -> str:
                 _ms(wall["median"]) if wall else "",
                 _ms_spread(row["refresh"]["cpu"]),
                 _ms(row["amortised"]) if "amortised" in row else "",
+                _ratio(over_adamw.get(mine)),
                 _ms(floor["products"] + floor["memory"]),
                 _ratio(floor["amortised"]),
             ]
@@ -95,7 +103,7 @@ def _ratio_table(rows: list[Numbers]) -> str:
     body = []
     for row in rows:
         for ours, kinds in row.get("ours_over_this", {}).items():
-            if kinds["normal"] is None:
+            if kinds["normal"] is None or row["reference"]:
                 continue
             peer = f"{row['package']} {row['name']}"
             ratios = [_ratio(kinds[kind]) for kind in ("normal", "refresh", "amortised")]
@@ -223,12 +231,13 @@ def _quality_section(quality: Numbers) -> str:
 def _bars_section(results: Numbers) -> str:
     marks = {True: "yes", False: "**no**"}
     found = bars(results)
-    body = [[what, bar, seen, marks[held]] for what, bar, seen, held in found]
-    if not body:
+    if not found:
         return ""
-    held = sum(bar[-1] for bar in found)
+    body = [[bar.what, bar.limit, bar.measured, marks[bar.held]] for bar in found]
     table = _table(["what", "bar", "measured", "held"], body)
-    return f"## The project's own bars, 60M\n\n{held} of {len(found)} are held.\n\n{table}"
+    held = sum(bar.held for bar in found)
+    text = f"{held} of {len(found)} are held; those missed by the largest factor come first."
+    return f"## The project's own bars, 60M\n\n{text}\n\n{table}"
 
 
 def _staggered_text(results: Numbers, shape: Shape) -> str:

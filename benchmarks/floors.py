@@ -23,8 +23,8 @@ Fira                      2P. The residual needs no      as GaLore
 APOLLO                    P: project; never lifted       16 mn (g is read again to be scaled)
                                                            + 16 c
 GaLore 8-bit, COAP 8-bit  2P                             12 mn + 4.06 c + 8 b
-Q-GaLore                  2P                             6.06 mn (int8 weights; 12 with fp32)
-                                                           + 4.06 c + 1.06 b
+Q-GaLore                  2P                             6.04 mn (int8 weights; 12 with fp32)
+                                                           + 4.06 c + 1.04 b
 GaLore+                   (2 + density) P: the           as GaLore
                           residual's chosen entries
 SubTrack++, GrassWalk,    2P, as Fira                    16 mn + 16 c + 8 b
@@ -73,10 +73,11 @@ _POLYNOMIAL_DEGREE = 2
 _GUM_FULL_SIZE_LAYERS = 2
 _FRUGAL_DENSITY = 0.25
 _SPARSE_SHARE = 0.01  # of GaLore+'s residual
-# Bytes per element and scale that codes are read or written with: a float32 scale for 256 of them.
-_SCALE = 4 / 256
+# Per code of 256 that share them: a float32 scale; of weights and bases a byte of zero as well.
+_SCALE, _AFFINE = 4 / 256, 5 / 256
 _INT8, _INT4 = 4 * (1 + _SCALE), 4 * (0.5 + _SCALE)  # both moments, read and written
-_CODES = 1 + 2 * _SCALE  # of a weight, with a zero beside each scale
+_INT8_WEIGHT = 4 + 2 * (1 + _AFFINE)  # read g; read and write w
+_INT4_BASIS = 2 * (0.5 + _AFFINE)  # read for each product
 
 
 def _newton_schulz(a: int, length: int) -> int:
@@ -93,8 +94,7 @@ class Work:
         basis: bytes per element of the basis.
         vector: bytes per entry of the long dimension.
         corners: bytes per entry of an m x m and an n x n matrix.
-        projections: products with the basis.
-        lifts: products back to full size.
+        products: how many of 2mnr FLOPs, (with the basis, back to full size).
         transform: whether the matrix is multiplied with a square cosine matrix.
         square: the products of near-square matrices.
         plain: bytes per element of what is not projected.
@@ -105,8 +105,7 @@ class Work:
     basis: float = 0.0
     vector: float = 0.0
     corners: float = 0.0
-    projections: float = 0.0
-    lifts: float = 0.0
+    products: tuple[float, float] = (0.0, 0.0)
     transform: bool = False
     square: Literal["", "low-rank", "full", "fismo", "polynomial"] = ""
     plain: float = 28.0
@@ -130,10 +129,10 @@ class Work:
         return flops, short
 
 
-_ONE_EACH = {"projections": 1.0, "lifts": 1.0}
-_GALORE = Work(12, 16, 8, **_ONE_EACH)
-_8BIT = Work(12, _INT8, 8, **_ONE_EACH, plain=12 + _INT8)
-_APOLLO = Work(16, 16, projections=1)
+_ONE_EACH = (1.0, 1.0)
+_GALORE = Work(12, 16, 8, products=_ONE_EACH)
+_8BIT = Work(12, _INT8, 8, products=_ONE_EACH, plain=12 + _INT8)
+_APOLLO = Work(16, 16, products=(1, 0))
 _ADAMW = Work(28)
 
 WORK: dict[str, Work] = {
@@ -147,25 +146,25 @@ WORK: dict[str, Work] = {
     "coap": _GALORE,
     "dct_adamw": _GALORE,
     "fira": _GALORE,
-    "galore_plus": Work(12, 16, 8, projections=1 + _SPARSE_SHARE, lifts=1),
-    "subtrack": Work(16, 16, 8, **_ONE_EACH),
+    "galore_plus": Work(12, 16, 8, products=(1 + _SPARSE_SHARE, 1)),
+    "subtrack": Work(16, 16, 8, products=_ONE_EACH),
     "apollo": _APOLLO,
     "apollo_mini": _APOLLO,
     "galore_8bit": _8BIT,
     "coap_8bit": _8BIT,
-    "q_galore_fp32": Work(12, _INT8, 1.06, **_ONE_EACH, plain=12 + _INT8),
-    "q_galore": Work(4 + 2 * _CODES, _INT8, 1.06, **_ONE_EACH, plain=12 + _INT8),
-    "osd": Work(16, 16, 32, projections=2, lifts=1),
-    "dct_adamw_ef": Work(20, 16, lifts=2, transform=True),
-    "trion": Work(20, lifts=2, transform=True, square="low-rank"),
-    "ldadam": Work(20, 16, 16, projections=3, lifts=3),
-    "flora": Work(16, 8, **_ONE_EACH),
+    "q_galore_fp32": Work(12, _INT8, _INT4_BASIS, products=_ONE_EACH, plain=12 + _INT8),
+    "q_galore": Work(_INT8_WEIGHT, _INT8, _INT4_BASIS, products=_ONE_EACH, plain=12 + _INT8),
+    "osd": Work(16, 16, 32, products=(2, 1)),
+    "dct_adamw_ef": Work(20, 16, products=(0, 2), transform=True),
+    "trion": Work(20, products=(0, 2), transform=True, square="low-rank"),
+    "ldadam": Work(20, 16, 16, products=(3, 3)),
+    "flora": Work(16, 8, products=_ONE_EACH),
     "frugal": _ADAMW,  # of a quarter
-    "frugal_svd": Work(16, 16, 8, projections=1, lifts=2),
+    "frugal_svd": Work(16, 16, 8, products=(1, 2)),
     "subset_norm": Work(20, vector=8),
-    "subspace_momentum": Work(24, 8, 8, **_ONE_EACH),
-    "sn_sm": Work(16, 8, 8, vector=8, **_ONE_EACH),
-    "gum": Work(12, 8, 8, square="low-rank", **_ONE_EACH),
+    "subspace_momentum": Work(24, 8, 8, products=_ONE_EACH),
+    "sn_sm": Work(16, 8, 8, vector=8, products=_ONE_EACH),
+    "gum": Work(12, 8, 8, square="low-rank", products=_ONE_EACH),
     "auon": Work(20),
     "hybrid_auon": Work(20, square="full"),
     "muon": Work(20, square="full"),
@@ -183,7 +182,7 @@ def work_of(method: str, shape: Shape) -> list[tuple[float, Work]]:
         return [(_FRUGAL_DENSITY, main), (1 - _FRUGAL_DENSITY, Work(12))]
     if method == "gum":
         share = _GUM_FULL_SIZE_LAYERS / len(shape.projected())
-        return [(1 - share, main), (share, Work(24, square="full", **_ONE_EACH))]
+        return [(1 - share, main), (share, Work(24, square="full", products=_ONE_EACH))]
     return [(1.0, main)]
 
 
@@ -212,7 +211,7 @@ def step_flops(method: str, shape: Shape) -> int:
     """Floating-point operations of the products; a transform is counted as a product."""
     total = 0.0
     for share, work, m, n, r in matrices(method, shape):
-        low_rank = 2 * m * n * r * (work.projections + work.lifts)
+        low_rank = 2 * m * n * r * sum(work.products)
         transform = 2 * m * n * min(m, n) * work.transform
         total += share * (low_rank + transform + work.square_flops(m, n, r)[0])
     return round(total)

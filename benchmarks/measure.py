@@ -132,9 +132,7 @@ def peak_allocated(call: Callable[[], object]) -> int:
     What the call leaves allocated is state that has grown, not a temporary, and is taken off.
     """
     with _without_native_stderr():
-        with profile(
-            activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
-        ) as prof:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
             call()
         recorded = prof.profiler.kineto_results.events()
         events = sorted((e.start_ns(), e.nbytes()) for e in recorded if e.name() == "[memory]")

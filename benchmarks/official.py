@@ -11,12 +11,10 @@ what the last one left; nothing in a step costs more or less for it.
 
 from __future__ import annotations
 
-from typing import Any
-
 from benchmarks import official_full_size as full_size
 from benchmarks import official_low_bit as low_bit
 from benchmarks import official_low_rank as low_rank
-from benchmarks.contenders import Contender
+from benchmarks.contenders import Builder, Contender
 
 _WAIT = "torch.cuda.synchronize does nothing"
 _BNB = "newer options of bitsandbytes switched off"
@@ -42,9 +40,17 @@ _BADAM = (
 _FIRST_SHORT = 2  # its first block has one step less, and it changes at the end of a step
 
 
-def _official(*given: Any, work: str = "") -> Contender:
-    """Family, name, package, builder, phase and note, as in `Contender`."""
-    return Contender(*given, work=work, official=True)
+def _official(
+    family: str,
+    name: str,
+    package: str,
+    build: Builder,
+    phase: int | None,
+    note: str = "",
+    *,
+    work: str = "",
+) -> Contender:
+    return Contender(family, name, package, build, phase, note, work, official=True)
 
 
 def _low_bit() -> list[Contender]:

@@ -141,6 +141,7 @@ def _row(run: Run, shape: Shape) -> dict[str, Any]:
         "name": contender.name,
         "package": contender.package,
         "official": contender.official,
+        "reference": contender.reference,
         "note": contender.note,
         "method": contender.method,
         "error": run.error,

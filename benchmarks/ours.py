@@ -46,8 +46,7 @@ def _plainly(method: str, **options: Any) -> Builder:
 def _badam(p: Parameters, rank: int, gap: int) -> Optimizer:
     """One block for each layer, what is not projected always active, as in the official row."""
     restore = gradients(p)  # resting parameters lose theirs
-    options = {"switch_block_every": gap, "named": True}
-    return with_gradients(_build("badam", p, **options), restore)
+    return with_gradients(_build("badam", p, named=True, switch_block_every=gap), restore)
 
 
 def _q_galore_int8(p: Parameters, rank: int, gap: int) -> Optimizer:

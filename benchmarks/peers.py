@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from benchmarks.contenders import LEARNING_RATE, SCALE, Builder, Contender
+from benchmarks.contenders import LEARNING_RATE, REFERENCE, SCALE, Builder, Contender
 from benchmarks.shapes import Parameters
 
 
@@ -72,7 +72,7 @@ def _pytorch_optimizer(class_name: str, **options: Any) -> Builder:
 def reference(family: str) -> Contender:
     """torch's fused AdamW, the fastest there is on a CPU, as a member of a family."""
     build = _torch_adamw(fused=True)
-    return Contender(family, "AdamW fused", "torch", build, phase=None, work="adamw")
+    return Contender(family, REFERENCE, "torch", build, phase=None, work="adamw")
 
 
 def package_contenders() -> list[Contender]:

@@ -81,9 +81,10 @@ class Rates:
         seconds = 0.0
         for share, work, m, n, r in matrices(method, shape):
             size = (max(m, n), min(m, n))
-            if work.projections or work.lifts:
+            if any(work.products):
                 project, lift = self.products[(*size, r)]
-                seconds += share * (work.projections * project + work.lifts * lift)
+                projections, lifts = work.products
+                seconds += share * (projections * project + lifts * lift)
             if work.transform:
                 seconds += share * self.transforms[size]
             flops, side = work.square_flops(m, n, r)
@@ -106,7 +107,7 @@ class Machine:
         for method in methods:
             for _, work, m, n, r in matrices(method, shape):
                 size = (max(m, n), min(m, n))
-                if work.projections or work.lifts:
+                if any(work.products):
                     products.add((*size, r))
                 if work.transform:
                     transforms.add(size)

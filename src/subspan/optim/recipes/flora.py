@@ -20,7 +20,7 @@ from subspan.subspaces.finders import Finder, SeededGaussian, resolve_finder
     lr=1e-3,
     memory="rn + m + n",
     evidence=(
-        "record: flora, flora_scaleparam, flora_accumulation (projections)",
+        "record: flora, flora_scaleparam, flora_quantized, flora_accumulation (projections)",
         "law: E[A A^T] = I",
     ),
     departures=(

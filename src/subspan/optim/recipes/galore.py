@@ -21,7 +21,7 @@ from subspan.subspaces.finders import Finder, RandomizedSVD, resolve_finder
     memory="rm + 2rn (+ full moments of what is not projected)",
     evidence=(
         "record: galore_adamw_{std,reverse_std,left,right,full}, _std_wd0.1, "
-        "galore_adafactor{,_beta1,_scaleparam}, galore_adamw8bit_states32",
+        "galore_adafactor{,_beta1,_scaleparam}, galore_adamw8bit_states{8,32}",
         "limit: full rank in the identity basis is AdamW; at full rank with SGD inside, the basis "
         "does not matter",
         "law: the basis captures at least 99.5 % of the exact one's energy",
