@@ -7,29 +7,17 @@ ambiguous or that come from a random generator are replayed from the recording.
 
 from __future__ import annotations
 
-import json
-from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
+from recording import PARAMETERS, STEPS, follow, load, recorded_bases
 
 import subspan.optim as optim
 from subspan import linalg
 from subspan.optim.parts.activity import Blocks
 from subspan.subspaces import Seeded
 from subspan.subspaces.finders import Replay, WarmPowerIteration
-
-FOLDER = Path(__file__).parents[1] / "golden"
-PARAMETERS = (
-    "bias",
-    "wide",
-    "tall",
-    "square",
-)  # the order in which the official seeds were handed out
-STEPS = 40
 
 GALORE = {"rank": 8, "update_proj_gap": 10, "lr": 1e-2}
 ADAFACTOR = {"inner": "adafactor", "scale": 0.25, **GALORE}
@@ -113,33 +101,9 @@ TOLERANCE = {
 }
 
 
-def load(name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    with safe_open(FOLDER / f"{name}.safetensors", "pt") as file:
-        spec = (file.metadata() or {}).get("spec", "{}")
-        names = list(file.keys())
-        return {name: file.get_tensor(name) for name in names}, json.loads(spec)
-
-
 @pytest.fixture(scope="module")
 def inputs() -> dict[str, torch.Tensor]:
     return load("inputs")[0]
-
-
-def recorded_bases(recording: dict[str, torch.Tensor]) -> dict[str, dict[int, Any]]:
-    """{parameter: {step: basis or pair}} from names such as basis/wide.0/step11."""
-    bases: dict[str, dict[int, Any]] = defaultdict(dict)
-    for key, value in recording.items():
-        if not key.startswith("basis/"):
-            continue
-        _, parameter, step = key.split("/")
-        parameter, _, half = parameter.partition(".")
-        at = int(step.removeprefix("step"))
-        if half:
-            pair = bases[parameter].setdefault(at, [None, None])
-            pair[int(half)] = value
-        else:
-            bases[parameter][at] = value
-    return bases
 
 
 def build(
@@ -157,9 +121,7 @@ def build(
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_recipe_equals_the_official_trajectory(
-    name: str, inputs: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_recipe_equals_the_official_trajectory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     recording, _ = load(name)
     if name == "frugal_block_random":
         flags = recorded_bases(recording)
@@ -170,20 +132,11 @@ def test_recipe_equals_the_official_trajectory(
             return frozenset(i for i, p in enumerate(PARAMETERS[1:]) if latest[p].item())
 
         monkeypatch.setattr(Blocks, "active", recorded)
-    weights = {p: torch.nn.Parameter(inputs[f"init/{p}"].clone()) for p in PARAMETERS}
-    optimizer = build(name, weights, recording)
-    compared = 0
-    for step in range(1, STEPS + 1):
-        for parameter, weight in weights.items():
-            weight.grad = inputs[f"grad/{step:02d}/{parameter}"].clone()
-        optimizer.step()
-        for parameter, weight in weights.items():
-            expected = recording.get(f"weight/{parameter}/step{step:02d}")
-            if expected is not None:
-                difference = (weight.detach() - expected).abs().max().item()
-                assert difference <= TOLERANCE.get(name, 2e-6), (parameter, step, difference)
-                compared += 1
-    assert compared == 24
+    follow(
+        lambda weights: build(name, weights, recording),
+        recording,
+        tolerance=TOLERANCE.get(name, 2e-6),
+    )
 
 
 def test_accumulation_in_a_seeded_subspace_equals_the_official_one(
