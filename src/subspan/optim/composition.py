@@ -302,9 +302,9 @@ class Composition:
         Products with a dense basis spread it; chosen coordinates may miss it, and an error buffer,
         or a normaliser that comes first, has taken it up by then.
         """
-        dense = self.finder is not None and self.finder.form in ("dense", "seeded")
+        mixes = self.finder is not None and self.finder.mixes_entries
         return (
-            dense
+            mixes
             and not self.complement
             and (self.normaliser is None or self.normaliser.after)
             and not isinstance(self.remainder, ErrorFeedback)

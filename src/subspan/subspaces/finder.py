@@ -92,6 +92,11 @@ class Finder:
     draws_from_seed = False
     follows = False
 
+    @property
+    def mixes_entries(self) -> bool:
+        """Whether every coordinate is a sum over a whole row or column, so that NaN spreads."""
+        return self.form in ("dense", "seeded")
+
     def find(self, sight: Sight) -> Subspace:
         """The new subspace for the bucket that `sight` shows."""
         raise TypeError(f"{type(self).__name__} does not define find()")

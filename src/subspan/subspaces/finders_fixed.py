@@ -55,6 +55,11 @@ class TopColumns(Finder):
     seed: int = 0
     supports_both_sides = False
 
+    @property
+    def mixes_entries(self) -> bool:
+        """See `Finder.mixes_entries`."""
+        return "identity" not in (self.matrix, self.left)
+
     def __post_init__(self) -> None:
         for name in (self.matrix, self.left or self.matrix):
             if name not in get_args(Matrix):
