@@ -22,9 +22,9 @@ def measure(shapes: list[str], asked: list[str], quality: bool) -> dict[str, Any
     """Run everything that was asked for and return what goes into the JSON file."""
     import torch
 
-    from benchmarks.families import THOROUGH, families
+    from benchmarks.families import EARLIER, families
     from benchmarks.machine import describe
-    from benchmarks.optimizer_step import measure_family, measure_staggered
+    from benchmarks.optimizer_step import QUICK, THOROUGH, measure_family, measure_staggered
     from benchmarks.rates import Machine
     from benchmarks.shapes import SHAPES, Model
 
@@ -41,11 +41,11 @@ def measure(shapes: list[str], asked: list[str], quality: bool) -> dict[str, Any
         shape, rates = SHAPES[name], []
         model = Model(shape)
         for family, members in families().items():
-            thorough = family in THOROUGH
-            if family not in asked if asked else name != "60m" and not thorough:
+            large, earlier = name == "60m", family in EARLIER
+            if family not in asked if asked else not (large or earlier):
                 continue
-            gaps = 2 if thorough else 1
-            rows, seen = measure_family(members, model, shape, machine, _progress, gaps)
+            schedule = THOROUGH if large and earlier else QUICK
+            rows, seen = measure_family(members, model, shape, machine, _progress, schedule)
             results["rows"] += rows
             rates.append(seen)
         if not asked or "galore" in asked:

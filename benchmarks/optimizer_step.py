@@ -5,8 +5,8 @@ gradients and take turns, one step each per round, in one process and on one thr
 median of the per-round ratios, so that a change of the machine's speed hits both sides of it.
 
 A short gap makes refreshes frequent enough to time; it does not change what either kind of step
-costs, and amortised times are computed for the paper's gap. Steps of over half a second are no
-longer repeated once everything has been seen.
+costs, and amortised times are computed for the paper's gap. Optimizers whose steps take long stop
+once everything has been seen.
 """
 
 from __future__ import annotations
@@ -31,13 +31,31 @@ from benchmarks.measure import (
 from benchmarks.rates import Machine, Rates
 from benchmarks.shapes import Model, Parameters, Shape
 
-TIMED_GAP = 5
 PAPER_GAP = 200
 _WARM_UP = 2  # steps after which caches, threads and lazily built buffers are settled
-_SLOW = 0.5  # seconds
+_SLOW = 0.4  # seconds
 
 
-def kind_of_step(index: int, phase: int | None, gap: int = TIMED_GAP) -> str:
+@dataclass(frozen=True)
+class Schedule:
+    """How often a family's optimizers are stepped.
+
+    Args:
+        gap: steps between refreshes.
+        timed: rounds that are only timed: the first step and some gaps with one refresh each.
+        rounds: all of them; memory is watched in those that follow the timed ones.
+    """
+
+    gap: int
+    timed: int
+    rounds: int
+
+
+THOROUGH = Schedule(gap=5, timed=11, rounds=16)
+QUICK = Schedule(gap=4, timed=5, rounds=11)
+
+
+def kind_of_step(index: int, phase: int | None, gap: int) -> str:
     """'first' (allocates the state), 'refresh' (recomputes every basis) or 'normal'."""
     if index == 0:
         return "first"
@@ -54,26 +72,30 @@ class Run:
 
     contender: Contender
     optimizer: torch.optim.Optimizer | None
-    timed_rounds: int = 0
+    schedule: Schedule = QUICK
     error: str = ""
     times: dict[str, dict[int, Elapsed]] = field(default_factory=dict)
     peaks: dict[str, dict[str, int | None]] = field(default_factory=dict)
 
     def step(self, index: int) -> None:
         """Take step `index` and measure its time, its memory, or both."""
-        if self.optimizer is None or (index >= self.timed_rounds and self._seen_enough()):
+        gap, last = self.schedule.gap, self.schedule.timed - 1
+        late, slow = index > last, self._is_slow()
+        if self.optimizer is None or (late and slow and self._has_seen_all()):
             return
         step = self.optimizer.step
-        kind = kind_of_step(index, self.contender.phase)
+        kind = kind_of_step(index, self.contender.phase, gap)
         peaks, times = self.peaks.setdefault(kind, {}), self.times.setdefault(kind, {})
-        late = index >= self.timed_rounds
+        unwatched = "resident" not in peaks
         try:
             if late and "allocated" not in peaks:
                 peaks["allocated"] = peak_allocated(step)  # the profiler slows the step
-            elif kind == "refresh" and index > self.timed_rounds - TIMED_GAP - 1:
-                # Refreshes take long: one is both timed and watched, which costs it little.
+            elif (kind == "refresh" and index > last - gap) or (
+                slow and unwatched and index >= last
+            ):
+                # Of steps that take long, one is both timed and watched, which costs it little.
                 peaks["resident"] = peak_resident(lambda: times.update({index: timed(step)}))
-            elif late and "resident" not in peaks:
+            elif late and unwatched:
                 peaks["resident"] = peak_resident(step)
             else:
                 times[index] = timed(step)
@@ -81,13 +103,14 @@ class Run:
             self.optimizer = None
             self.error = _first_line(error)
 
-    def _seen_enough(self) -> bool:
-        """Whether a slow optimizer has shown time and memory of every kind of step."""
-        kinds = {"normal"} if self.contender.phase is None else {"normal", "refresh"}
-        peaks = [self.peaks.get(kind, {}) for kind in kinds]
-        if any(not {"allocated", "resident"} <= peak.keys() for peak in peaks):
-            return False
-        return statistics.median(self.seconds("normal")) > _SLOW
+    def _is_slow(self) -> bool:
+        normal = self.seconds("normal")
+        return bool(normal) and statistics.median(normal) > _SLOW
+
+    def _has_seen_all(self) -> bool:
+        """Whether time and memory of every kind of step are known."""
+        kinds = ["normal"] if self.contender.phase is None else ["normal", "refresh"]
+        return all(len(self.peaks.get(kind, {})) == 2 for kind in kinds)
 
     def seconds(self, kind: str, clock: str = "cpu") -> list[float]:
         """Timed steps of one kind, without the warm-up."""
@@ -103,16 +126,16 @@ class Run:
 
 
 def _start(
-    contender: Contender, model: Model, shape: Shape, timed_rounds: int
+    contender: Contender, model: Model, shape: Shape, schedule: Schedule
 ) -> tuple[Run, Parameters | None]:
     parameters = model.copy()
     try:
-        optimizer = contender.build(parameters, shape.rank, TIMED_GAP)
+        optimizer = contender.build(parameters, shape.rank, schedule.gap)
     except ImportError as error:
         return Run(contender, None, error=f"not installed ({error.name or error})"), None
     except Exception as error:
         return Run(contender, None, error=_first_line(error)), None
-    return Run(contender, optimizer, timed_rounds), parameters
+    return Run(contender, optimizer, schedule), parameters
 
 
 def spread(values: list[float]) -> dict[str, float] | None:
@@ -204,7 +227,7 @@ def measure_family(
     shape: Shape,
     machine: Machine,
     progress: Callable[[str], None],
-    gaps: int = 2,
+    schedule: Schedule,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Step the members of one family in turn; return their rows and the machine's rates.
 
@@ -214,17 +237,15 @@ def measure_family(
         shape: of that model.
         machine: measures rates in every round.
         progress: gets a line per member.
-        gaps: how many, with one refresh each, are timed after the first step; one more follows in
-            which memory is measured as well.
+        schedule: how often each is stepped.
     """
-    timed_rounds = gaps * TIMED_GAP + 1
     runs, kept_alive, rates = [], [], []
     for member in members:
-        run, parameters = _start(member, model, shape, timed_rounds)
+        run, parameters = _start(member, model, shape, schedule)
         runs.append(run)
         kept_alive.append(parameters)
     methods = {member.method for member in members}
-    for index in range(timed_rounds + TIMED_GAP):
+    for index in range(schedule.rounds):
         rates.append(machine.rates(shape, methods))
         # Start each round with another member: nobody always runs after the same neighbour.
         offset = index % len(runs)

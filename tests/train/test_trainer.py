@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
+import subspan.optim
 from subspan.train import checkpoints
 from subspan.train.errors import JobError
 from subspan.train.trainer import SubspanTrainer, build_optimizer, optimizer_cls_and_kwargs
@@ -219,3 +220,13 @@ def test_old_checkpoints_go_only_after_the_new_one_is_complete(
     limited.train()
     assert present[1] == ["checkpoint-2", "checkpoint-4"]
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-6"]
+
+
+@pytest.mark.parametrize("method", sorted(subspan.optim.methods()))
+def test_every_method_is_built_from_training_arguments(method: str, tmp_path: Path) -> None:
+    small = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4))
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    optimizer = build_optimizer(small, method, args)
+    small(torch.randn(3, 8)).square().sum().backward()
+    optimizer.step()
+    assert all(parameter.isfinite().all() for parameter in small.parameters())

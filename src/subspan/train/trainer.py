@@ -36,8 +36,16 @@ def rates(args: TrainingArguments) -> dict[str, float]:
     return {"lr": args.learning_rate, "weight_decay": args.weight_decay}
 
 
+def _is_pair(name: str, default: Any) -> bool:
+    """Whether an option called eps is not Adam's, but Adafactor's two."""
+    return name == "eps" and isinstance(default, tuple)
+
+
 def adam_settings(method: str, args: TrainingArguments) -> dict[str, Any]:
     """`betas` and `eps` of `args`, as far as `method` has them.
+
+    A method that trains with Adam only what it does not project calls them `adam_betas` and
+    `adam_eps`; they keep its own defaults unless `args` changes theirs.
 
     Raises:
         ValueError: unknown method, or `args` changes a setting that the method does not have.
@@ -45,11 +53,16 @@ def adam_settings(method: str, args: TrainingArguments) -> dict[str, Any]:
     from subspan.optim import lookup
 
     recipe = lookup(method)
-    given = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    for name, default in _ADAM_DEFAULTS.items():
-        if name not in recipe.defaults and given.pop(name) != default:
+    found: dict[str, Any] = {}
+    for name, value in (("betas", (args.adam_beta1, args.adam_beta2)), ("eps", args.adam_epsilon)):
+        changed = value != _ADAM_DEFAULTS[name]
+        if f"adam_{name}" in recipe.defaults:
+            found |= {f"adam_{name}": value} if changed else {}
+        elif name in recipe.defaults and not _is_pair(name, recipe.defaults[name]):
+            found[name] = value
+        elif changed:
             raise ValueError(f"{recipe.title} has no option {name}; leave it at its default")
-    return given
+    return found
 
 
 def parameter_groups(
