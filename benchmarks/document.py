@@ -29,12 +29,16 @@ def _ms(value: float) -> str:
 def _ms_spread(values: Numbers | None) -> str:
     if values is None:
         return ""
+    if values["min"] == values["max"]:  # measured once
+        return _ms(values["median"])
     return f"{_ms(values['median'])} [{_ms(values['min'])}-{_ms(values['max'])}]"
 
 
 def _ratio(values: Numbers | None) -> str:
     if values is None:
         return ""
+    if values["min"] == values["max"]:
+        return f"**{values['median']:.2f}**"
     return f"**{values['median']:.2f}** [{values['min']:.2f}-{values['max']:.2f}]"
 
 

@@ -122,17 +122,17 @@ def _low_rank() -> list[Contender]:
 
 
 def _full_size() -> list[Contender]:
-    # The authors' code computes the released form, not the paper's.
     auon = _plainly("auon", as_released=True)
     hybrid = _plainly("hybrid_auon", as_released=True, ns_steps=5)
     # With gradients that never change, Adam's step settles at once and SGD would take over.
     swats = _plainly("swats", switch_tolerance=0.0)
+    released = "the released form, as the authors' code has it"
     return [
-        Contender("auon", "AuON", _PACKAGE, auon, None),
-        Contender("hybrid_auon", "Hybrid-AuON", _PACKAGE, hybrid, None),
-        Contender("muon", "Muon", _PACKAGE, _plainly("muon"), None),
+        Contender("auon", "AuON", _PACKAGE, auon, None, released),
+        Contender("hybrid_auon", "Hybrid-AuON", _PACKAGE, hybrid, None, f"{released}; 5 steps"),
+        Contender("muon", "Muon", _PACKAGE, _plainly("muon"), None, "float32 Newton-Schulz"),
         Contender("badam", "BAdam", _PACKAGE, _badam),
-        Contender("swats", "SWATS", _PACKAGE, swats, None),
+        Contender("swats", "SWATS", _PACKAGE, swats, None, "kept from switching to SGD"),
     ]
 
 
@@ -141,16 +141,19 @@ def _others() -> list[Contender]:
     plus = _ours("galore_plus", scale=SCALE, named=True, warmup=1)
     fismo = _ours("fismo", rank=None, gap="root_interval")
     made = [
-        ("GaLore 2", _ours("galore2", scale=SCALE), "galore"),
-        ("GaLore+", plus, "galore_plus"),
-        ("GrassWalk", _ours("grasswalk", scale=SCALE), "subtrack"),
-        ("GrassJump", _ours("grassjump", scale=SCALE), "subtrack"),
-        ("SARA", _ours("sara", scale=SCALE), "galore"),
-        ("GUM", _ours("gum"), "gum"),
-        ("Tensor-GaLore, matrices", _ours("tensor_galore", scale=SCALE), "galore"),
-        ("FISMO", fismo, "fismo"),
+        ("GaLore 2", _ours("galore2", scale=SCALE), "galore", ""),
+        ("GaLore+", plus, "galore_plus", "its warm-up, in which it does more, left out"),
+        ("GrassWalk", _ours("grasswalk", scale=SCALE), "subtrack", ""),
+        ("GrassJump", _ours("grassjump", scale=SCALE), "subtrack", ""),
+        ("SARA", _ours("sara", scale=SCALE), "galore", ""),
+        ("GUM", _ours("gum"), "gum", "2 matrices at full size"),
+        ("Tensor-GaLore", _ours("tensor_galore", scale=SCALE), "galore", "matrices only"),
+        ("FISMO", fismo, "fismo", "inverse roots computed at refreshes only"),
     ]
-    rows = [Contender("others", name, _PACKAGE, build, work=work) for name, build, work in made]
+    rows = [
+        Contender("others", name, _PACKAGE, build, note=note, work=work)
+        for name, build, work, note in made
+    ]
     polynomial = _plainly("polynomial")
     last = Contender("others", "Polynomial", _PACKAGE, polynomial, None, work="polynomial")
     return [*rows, last]

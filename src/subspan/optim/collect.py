@@ -70,12 +70,13 @@ def gradients_are_usable(
 
 
 def checked_in_bucket(group: State, parts: Composition, device: torch.device) -> bool:
-    """Whether projected gradients are checked one bucket at a time, by their coordinates.
+    """Whether projected gradients are checked one bucket at a time, just before they are used.
 
-    Where that would wait for a device, one check for all of them is better.
+    They are in the cache then, or their coordinates show it. Where a check would wait for a device,
+    one for all gradients is better; and what is cut into pieces must be checked as a whole.
     """
-    shown = parts.shows_bad_gradients and parts.tensors is None and parts.idle is None
-    return group["nonfinite"] == "raise" and shown and device.type == "cpu"
+    alone = parts.tensors is None and parts.idle is None and not parts.elementwise
+    return group["nonfinite"] == "raise" and alone and device.type == "cpu"
 
 
 def check_bucket(bucket: Bucket, gathered: Tensor) -> None:

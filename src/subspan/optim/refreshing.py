@@ -36,6 +36,10 @@ def look(
         given = bucket.coordinates[0] if bucket.single else torch.stack(bucket.coordinates)
         return Seen(given, given, subspace, None, False)
     gradient = bucket.gather(bucket.gradients, work)
+    late = bucket.layout.projected and checked_in_bucket(group, parts, bucket.device)
+    shown = parts.shows_bad_gradients and not bucket.due
+    if late and not shown:
+        check_bucket(bucket, gradient)
     if parts.normaliser is not None and not parts.normaliser.after:
         gradient = parts.normaliser.normalise(gradient, state, bucket.step, work)
     if "error" in state:
@@ -44,16 +48,13 @@ def look(
     if parts.finder is None:
         return Seen(gradient, gradient, None, None, False)
 
-    late = checked_in_bucket(group, parts, bucket.device)
-    if late and bucket.due:
-        check_bucket(bucket, gradient)
     subspace, loss, refreshed = _in_force(bucket, parts, group, gradient, state)
     if parts.complement:
         return Seen(gradient, subspace.residual(gradient).mul_(parts.gain), None, loss, refreshed)
     lead = gradient.shape[: gradient.dim() - len(bucket.layout.view)]
     out = work.take((*lead, *bucket.layout.coordinates), gradient.dtype, gradient.device)
     coordinates = subspace.project(gradient, out=out)
-    if late and not bucket.due:
+    if late and shown:
         check_bucket(bucket, coordinates)
     if parts.gain != 1.0:
         coordinates = coordinates.mul_(parts.gain)
