@@ -31,6 +31,7 @@ from benchmarks.measure import (
 from benchmarks.rates import Machine, Rates
 from benchmarks.shapes import Model, Parameters, Shape
 
+TIMED_GAP = 4
 PAPER_GAP = 200
 _WARM_UP = 2  # steps after which caches, threads and lazily built buffers are settled
 _SLOW = 0.4  # seconds
@@ -41,21 +42,19 @@ class Schedule:
     """How often a family's optimizers are stepped.
 
     Args:
-        gap: steps between refreshes.
         timed: rounds that are only timed: the first step and some gaps with one refresh each.
         rounds: all of them; memory is watched in those that follow the timed ones.
     """
 
-    gap: int
     timed: int
     rounds: int
 
 
-THOROUGH = Schedule(gap=5, timed=11, rounds=16)
-QUICK = Schedule(gap=4, timed=5, rounds=11)
+THOROUGH = Schedule(timed=2 * TIMED_GAP + 1, rounds=13)
+QUICK = Schedule(timed=TIMED_GAP + 1, rounds=11)
 
 
-def kind_of_step(index: int, phase: int | None, gap: int) -> str:
+def kind_of_step(index: int, phase: int | None, gap: int = TIMED_GAP) -> str:
     """'first' (allocates the state), 'refresh' (recomputes every basis) or 'normal'."""
     if index == 0:
         return "first"
@@ -79,18 +78,18 @@ class Run:
 
     def step(self, index: int) -> None:
         """Take step `index` and measure its time, its memory, or both."""
-        gap, last = self.schedule.gap, self.schedule.timed - 1
+        last = self.schedule.timed - 1
         late, slow = index > last, self._is_slow()
         if self.optimizer is None or (late and slow and self._has_seen_all()):
             return
         step = self.optimizer.step
-        kind = kind_of_step(index, self.contender.phase, gap)
+        kind = kind_of_step(index, self.contender.phase)
         peaks, times = self.peaks.setdefault(kind, {}), self.times.setdefault(kind, {})
         unwatched = "resident" not in peaks
         try:
             if late and "allocated" not in peaks:
                 peaks["allocated"] = peak_allocated(step)  # the profiler slows the step
-            elif (kind == "refresh" and index > last - gap) or (
+            elif (kind == "refresh" and index > last - TIMED_GAP) or (
                 slow and unwatched and index >= last
             ):
                 # Of steps that take long, one is both timed and watched, which costs it little.
@@ -130,7 +129,7 @@ def _start(
 ) -> tuple[Run, Parameters | None]:
     parameters = model.copy()
     try:
-        optimizer = contender.build(parameters, shape.rank, schedule.gap)
+        optimizer = contender.build(parameters, shape.rank, TIMED_GAP)
     except ImportError as error:
         return Run(contender, None, error=f"not installed ({error.name or error})"), None
     except Exception as error:

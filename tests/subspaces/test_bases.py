@@ -1,6 +1,7 @@
 """The laws of a subspace, for every kind of basis and every batch shape."""
 
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
@@ -9,12 +10,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from subspan.linalg import gaussian_basis, random_orthogonal
+from subspan.linalg import dct_basis, gaussian_basis, random_orthogonal
 from subspan.subspaces import (
     Coordinates,
-    DCTColumns,
     Dense,
     Entries,
+    FixedColumns,
     OneSided,
     Seeded,
     Subspace,
@@ -64,13 +65,21 @@ def seeded(side: str, seed: int, batch: tuple[int, ...], d: int, r: int, kind: s
     return Seeded(side, d, r, many, dtype=DOUBLE, distribution=kind, lead=batch[1:])  # type: ignore[arg-type]
 
 
+@cache
+def cosine_rows(d: int, inverse: bool) -> torch.Tensor:
+    """One matrix for all subspaces of a size, as the finder has it."""
+    return dct_basis(d, inverse=inverse, dtype=DOUBLE).mT.contiguous()
+
+
+def cosines(side: str, index: torch.Tensor, d: int, inverse: bool = False) -> FixedColumns:
+    return FixedColumns(side, index, cosine_rows(d, inverse))  # type: ignore[arg-type]
+
+
 ONE_SIDED: dict[str, dict[str, Maker]] = {
     "dense": one_sided(lambda s, seed, b, d, r: Dense(s, orthonormal(seed, *b, d, r))),
     "seeded": one_sided(lambda s, seed, b, d, r: seeded(s, seed, b, d, r, "orthogonal")),
-    "dct": one_sided(lambda s, seed, b, d, r: DCTColumns(s, distinct(seed, b, d, r), d)),
-    "inverse dct": one_sided(
-        lambda s, seed, b, d, r: DCTColumns(s, distinct(seed, b, d, r), d, inverse=True)
-    ),
+    "dct": one_sided(lambda s, seed, b, d, r: cosines(s, distinct(seed, b, d, r), d)),
+    "inverse dct": one_sided(lambda s, seed, b, d, r: cosines(s, distinct(seed, b, d, r), d, True)),
     "coordinates": one_sided(lambda s, seed, b, d, r: Coordinates(s, distinct(seed, b, d, r), d)),
 }
 KINDS: dict[str, Maker] = {
@@ -237,8 +246,8 @@ def entry_of(subspace: Subspace, at: tuple[int, int]) -> Subspace:
         case Seeded(side, size, rank, tuple(many)):
             seed = many[at[0] * 3 + at[1]]
             return Seeded(side, size, rank, seed, dtype=DOUBLE, distribution="orthogonal")
-        case DCTColumns(side, index, size, inverse):
-            return DCTColumns(side, index[at], size, inverse)
+        case FixedColumns(side, index, vectors):
+            return FixedColumns(side, index[at], vectors)
         case Coordinates(side, index, size):
             return Coordinates(side, index[at], size)
         case TwoSided(left, right):
@@ -400,6 +409,8 @@ def in_dtype(subspace: Subspace, dtype: torch.dtype) -> Subspace:
     match subspace:
         case Dense(side, basis):
             return Dense(side, basis.to(dtype))
+        case FixedColumns(side, index, vectors):
+            return FixedColumns(side, index, vectors.to(dtype))
         case TwoSided(left, right):
             return TwoSided(left.to(dtype), right.to(dtype))
         case Seeded():

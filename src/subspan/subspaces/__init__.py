@@ -2,7 +2,6 @@
 
 from .bases import (
     Coordinates,
-    DCTColumns,
     Dense,
     Entries,
     OneSided,
@@ -11,6 +10,7 @@ from .bases import (
     TwoSided,
     Whole,
 )
+from .fixed_columns import FixedColumns
 from .geometry import (
     align_signs,
     captured_energy,
@@ -22,9 +22,9 @@ from .geometry import (
 
 __all__ = [
     "Coordinates",
-    "DCTColumns",
     "Dense",
     "Entries",
+    "FixedColumns",
     "OneSided",
     "Seeded",
     "Subspace",

@@ -15,7 +15,6 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ..linalg.dct import dct_basis
 from ..linalg.dtypes import common_dtype, compute_dtype
 from ..linalg.indexing import add_at_, add_entries_, take, take_entries
 from ..linalg.products import add_product_, add_scaled_, product, store
@@ -26,7 +25,6 @@ from .subspace import OneSided, Subspace
 
 __all__ = [
     "Coordinates",
-    "DCTColumns",
     "Dense",
     "Entries",
     "OneSided",
@@ -133,42 +131,6 @@ class Seeded(OneSided):
         return gaussian_basis(
             seed, self.size, self.rank, rows=rows, dtype=self.dtype, device=self.device
         )
-
-
-@dataclass(frozen=True, eq=False)
-class DCTColumns(OneSided):
-    """Columns `index` (..., r) of the orthogonal DCT-II matrix of `size`, or of its transpose.
-
-    The columns are computed at use and only they are. "SVD-Free Low-Rank Adaptive Gradient
-    Optimization for Large Language Models" (2025, arXiv:2505.17967); see `linalg.dct` for its two
-    conventions, which `inverse` chooses between.
-
-    Raises:
-        TypeError: `index` is not int64.
-        ValueError: `side` is unknown.
-    """
-
-    side: Side
-    index: Tensor
-    size: int
-    inverse: bool = False
-
-    def __post_init__(self) -> None:
-        check_side(self.side)
-        _check_index(self.index)
-
-    @property
-    def rank(self) -> int:
-        return self.index.shape[-1]
-
-    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        return dct_basis(self.size, self.index, inverse=self.inverse, dtype=dtype or self.dtype)
-
-    def change_from(self, previous: Subspace) -> Tensor:
-        old = self._in_same_space("change_from", previous)
-        if isinstance(old, DCTColumns) and old.inverse == self.inverse:
-            return _matches(self.index, old.index)
-        return super().change_from(old)
 
 
 @dataclass(frozen=True, eq=False)

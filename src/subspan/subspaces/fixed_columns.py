@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..linalg.dct import dct_basis
+from ..linalg.dtypes import compute_dtype
 from ..linalg.indexing import take
 from ..linalg.products import store
 from ..linalg.random import random_orthogonal
@@ -101,6 +102,12 @@ class FixedColumns(OneSided):
         if self.seen is not None and x is self.seen[0]:
             return store(self.seen[1], out)
         return super().project(x, out=out)
+
+    def change_from(self, previous: Subspace) -> Tensor:
+        if isinstance(previous, FixedColumns) and previous.vectors is self.vectors:
+            same = self.index.unsqueeze(-1) == previous.index.unsqueeze(-2)
+            return same.to(compute_dtype(self.dtype))
+        return super().change_from(previous)
 
     def slots_from(self, previous: Subspace) -> Slots | None:
         if isinstance(previous, FixedColumns) and previous.vectors is self.vectors:
