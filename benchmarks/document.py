@@ -258,14 +258,16 @@ def render(results: Numbers) -> str:
     """The measured part of docs/BENCHMARKS.md."""
     machine = results["machine"]
     versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
+    packages = {row["package"] for row in results["rows"]}
+    cloned = ", ".join(at for name, at in machine["official"].items() if name in packages)
     head = [
         f"Date: {machine['date']}. Command: `{machine['command']}` ({results['seconds']:.0f} s).",
         f"Machine: {machine['cpu']}, {machine['cores']} cores, {machine['system']}; one thread, "
         f"malloc settings: {machine['malloc']}; load average before the run "
         f"{machine['load']:.1f}.",
         f"Versions: {versions}.",
-        f"Authors' code: {', '.join(machine['official']) or 'none'} (cloned from GitHub at these "
-        f"commits into the folder that `{FOLDER_VARIABLE}` names).",
+        f"Authors' code: {cloned or 'none'} (cloned from GitHub at these commits into the folder "
+        f"that `{FOLDER_VARIABLE}` names).",
     ]
     sections = ["\n".join(head) + "\n", _bars_section(results)]
     sections += [_shape_section(results, SHAPES[name]) for name in results["rates"]]

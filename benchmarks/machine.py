@@ -86,5 +86,5 @@ def describe() -> dict[str, object]:
         "system": f"{platform.system()}, Python {platform.python_version()}",
         "malloc": ", ".join(tuned) if tuned else "default",
         "versions": {name: _package_version(name) for name in _PACKAGES},
-        "official": [at for name, at in REPOSITORIES.items() if official_folder(name)],
+        "official": {name: at for name, at in REPOSITORIES.items() if official_folder(name)},
     }
