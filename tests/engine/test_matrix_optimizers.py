@@ -154,10 +154,32 @@ def test_divisor_of_released_auon_is_one_to_three_digits():
         state = {"momentum_buffer": torch.zeros(48, 80)}
         g = gradient(seed, 48, 80, dtype=torch.float32)
         work = optim.engine.Workspace()
-        direction = AuON(as_released=True).update(g, state, 1, 1.0, work)
+        direction = AuON(as_released=True).update(g, state, 1, 0.5, work)
         ahead = 0.05 * g + 0.95 * 0.05 * g
-        ratio = (ahead / direction.value).median()
+        ratio = (0.5 * ahead / (direction.step * direction.value)).median()
         assert 1 < ratio < 1 + 6e-4
+
+
+@pytest.mark.parametrize("single", [False, True], ids=["dense", "single entry"])
+@pytest.mark.parametrize("options", [{}, {"as_released": True}], ids=["paper", "released"])
+@pytest.mark.parametrize("lead", [(), (2,)], ids=["matrix", "stack"])
+def test_divisor_of_a_large_matrix_needs_no_cosines(single, options, lead):
+    # So large that the norm alone gives it to 64 roundings at worst, which is a single entry.
+    for seed in range(2):
+        g = gradient(seed, *lead, 300, 515, dtype=torch.float32)
+        if single:
+            g = g * (g == g.amax((-2, -1), keepdim=True))
+        state = {"momentum_buffer": torch.zeros_like(g)}
+        work = optim.engine.Workspace()
+        direction = AuON(**options).update(g, state, 1, 1.0, work)
+        ahead = (0.05 + 0.95 * 0.05) * g.double()
+        z = ahead / (torch.linalg.vector_norm(ahead, dim=(-2, -1), keepdim=True) + 1e-7)
+        factor = 1.5 if options else 1.0
+        divisor = (factor * z).cosh().square().mean((-2, -1), keepdim=True).sqrt() + 1e-8
+        expected = (ahead if options else z) / divisor
+        moved = (direction.step * direction.value).double()
+        torch.testing.assert_close(moved, expected, rtol=8e-6 if single else 3e-6, atol=0)
+        assert torch.equal(state["momentum_buffer"], torch.lerp(torch.zeros_like(g), g, 0.05))
 
 
 def test_auon_without_its_divisor_is_sgd_or_muon():

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import subspan.optim as optim
 from subspan.optim.listing import declared_bytes
+from subspan.optim.parts.workspace import Workspace
 
 # hidden, intermediate, layers, GaLore's rank; vocabulary 32000, untied head (the GaLore paper's
 # models).
@@ -149,3 +151,37 @@ def test_a_step_allocates_at_most_three_times_the_largest_matrix(method, dtype):
         largest = 4 * max(math.prod((2048, 256)), *(state.numel() for state in states), 0)
         allowed = 3.1 if dtype == torch.float32 else 5.5
         assert memory.peak <= allowed * largest, memory.peak / largest
+
+
+@pytest.mark.parametrize("method", ["sara", "q_galore", "subtrack_pp", "grasswalk", "grassjump"])
+def test_a_refresh_allocates_at_most_three_times_the_largest_matrix_kernels_included(method):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(256, 256), (256, 688), (688, 256), (256, 688)]
+    weights = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    for weight in weights:
+        weight.grad = torch.randn(weight.shape, generator=generator)
+    optimizer = optim.build(method, weights, rank=64, update_proj_gap=2)
+    optimizer.step()
+    optimizer.step()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        optimizer.step()
+    found = recorded.profiler.kineto_results.events()
+    live = peak = 0
+    for event in sorted((e for e in found if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    # The tenth is for what grows with the sides alone.
+    assert peak <= 3.1 * 4 * 256 * 688, peak / (4 * 256 * 688)
+
+
+def test_trimming_a_workspace_frees_all_that_is_not_taken():
+    work = Workspace()
+    for _ in range(3):
+        work.take((4, 4), torch.float32, torch.device("cpu"))
+    work.release()
+    kept = work.take((4, 4), torch.float32, torch.device("cpu"))
+    free = [weakref.ref(buffer) for buffers in work._buffers.values() for buffer in buffers[1:]]
+    work.trim()
+    assert len(free) == 2 and all(buffer() is None for buffer in free)
+    work.release()
+    assert work.like(kept).data_ptr() == kept.data_ptr()

@@ -15,7 +15,7 @@ from subspan.optim.parts.descent import SGD
 from subspan.optim.parts.inner import Adam
 from subspan.optim.parts.output import Lift
 from subspan.optim.parts.refresh import Refresh
-from subspan.optim.parts.sparse import SparseMoments
+from subspan.optim.parts.sparse import SparseMoments, _largest
 from subspan.optim.parts.transport import ProjectionAware, Reproject
 from subspan.optim.parts.unit_step import CorrectedAdam
 from subspan.optim.parts.workspace import Workspace
@@ -228,6 +228,33 @@ def test_sparse_part_is_adam_on_the_largest_entries_of_the_residual(shape: tuple
     expected = weights[0].detach().clone().flatten()
     expected[chosen] -= total
     close(weights[1].detach().flatten(), expected, 1e-9)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_largest_of_a_matrix_are_found_among_few_candidates(seed: int) -> None:
+    squares = gradient(seed, 900).square()
+    kept = squares[:300].topk(20).values
+    values, places = _largest(squares, kept)
+    assert torch.equal(values, squares.sort(descending=True).values[:20])
+    assert torch.equal(squares[places], values)
+    squares[7] = float("nan")
+    assert 7 in _largest(squares, torch.full((20,), float("nan")))[1]
+
+
+@pytest.mark.parametrize("proj_type", ["left", "right", "full"])
+@pytest.mark.parametrize("lead", [(), (2,)], ids=["matrix", "stack"])
+def test_chosen_entries_of_the_residual_are_those_of_all(proj_type: str, lead: tuple) -> None:
+    options: dict[str, Any] = {"warmup": 1, "density": 0.2, "rank": 3, "proj_type": proj_type}
+    options["finder"] = "svd"
+    weight = nn.Parameter(gradient(0, *lead, 12, 17).clone())
+    optimizer = optim.build("galore_plus", [weight], stacked=True, eps=1.0, lr=1.0, **options)
+    for step in (1, 2):
+        weight.grad = gradient(step, *lead, 12, 17)
+        optimizer.step()
+    subspace = optimizer.subspace_of(weight)
+    residual = subspace.residual(weight.grad).flatten(-2)
+    index = optimizer.state[weight]["sparse_index"].long()
+    close(optimizer.state[weight]["sparse_exp_avg"], 0.1 * residual.gather(-1, index), 1e-9)
 
 
 def test_sparse_part_of_full_rank_keeps_nothing() -> None:

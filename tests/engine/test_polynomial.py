@@ -226,3 +226,19 @@ def test_impossible_curvature_is_refused():
     ):
         with pytest.raises(ValueError, match="curvature of 'x'"):
             Curvature({"x": given})
+
+
+def test_curvature_of_a_parameter_that_does_not_exist_is_refused():
+    x, y = (nn.Parameter(torch.zeros(3)) for _ in range(2))
+    misspelt = Curvature({"layer.wieght": torch.eye(3)})
+    with pytest.raises(ValueError, match=r"'layer.wieght'.*'layer.weight', 'layer.bias'"):
+        optim.Polynomial([("layer.bias", y), ("layer.weight", x)], curvature=misspelt)
+    # It may be a name of any group, but of a group that there is.
+    both = Curvature({"x": torch.eye(3), "y": torch.eye(3)})
+    groups = [{"params": [("x", x)]}, {"params": [("y", y)]}]
+    optimizer = optim.Polynomial(groups, curvature=both)
+    with pytest.raises(ValueError, match="'q'"):
+        z = nn.Parameter(torch.zeros(3))
+        added = {"params": [("z", z)], "curvature": Curvature({"q": torch.eye(3)})}
+        optimizer.add_param_group(added)
+    assert len(optimizer.param_groups) == 2

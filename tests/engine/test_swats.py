@@ -11,6 +11,7 @@ from torch import nn
 
 import subspan.optim as optim
 from subspan.optim import Composed, Composition
+from subspan.optim.parts import swats
 from subspan.optim.parts.activity import Blocks
 from subspan.optim.parts.inner import Adam
 from subspan.optim.parts.swats import WatchedAdam
@@ -109,6 +110,24 @@ def test_without_tolerance_it_is_adam():
     descend(Composed(second, lr=1e-3, weight_decay=0.1, composition=parts), second, 30)
     for a, b in zip(first, second, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("nonfinite", ["raise", "ignore"])
+def test_its_step_does_not_depend_on_how_weights_are_cut(transposed, nonfinite, monkeypatch):
+    states, weights = [], []
+    for length in (1 << 17, 5):
+        monkeypatch.setitem(swats.PIECE, "cpu", length)
+        start = torch.randn(7, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        weight = nn.Parameter(start.T.contiguous().T if transposed else start)
+        options = {"weight_decay": 0.1, "nonfinite": nonfinite, "switch_tolerance": 0.0}
+        optimizer = optim.SWATS([weight], lr=0.05, **options)
+        descend(optimizer, [weight], 6)
+        states.append(optimizer.state[weight])
+        weights.append(weight.detach())
+    torch.testing.assert_close(*weights, rtol=1e-14, atol=0)
+    assert states[0]["rate_average"] == pytest.approx(states[1]["rate_average"], rel=1e-12)
+    assert states[0]["rates"] == states[1]["rates"] == 6
 
 
 def test_the_switch_halves_the_state_and_the_books_agree():

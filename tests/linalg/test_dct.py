@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from subspan.linalg import dct, dct_basis
+from subspan.linalg.dct import shuffled_inverse, shuffled_places
 
 
 def close(a: Tensor, b: Tensor, atol: float = 0.0, rtol: float = 0.0) -> bool:
@@ -54,6 +55,17 @@ def test_inverse_undoes_the_transform_along_any_dimension(n: int, seed: int, dim
     x = normal(seed, n, n).mT
     assert close(dct(dct(x, dim), dim, inverse=True), x, atol=1e-11)
     assert close(dct(x, dim).norm(), x.norm(), rtol=1e-11)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 8, 15, 32])
+@pytest.mark.parametrize("dim", [-1, -2])
+def test_shuffled_outputs_are_where_they_are_said_to_be(n: int, dim: int) -> None:
+    x = normal(n, 2, n, n)
+    places = shuffled_places(n)
+    assert sorted(places.tolist()) == list(range(n))
+    basis = by_definition(n).mT
+    expected = x @ basis if dim == -1 else basis.mT @ x
+    assert close(shuffled_inverse(x, dim).index_select(dim, places), expected, atol=1e-11)
 
 
 def test_transform_along_rows_is_the_left_product() -> None:

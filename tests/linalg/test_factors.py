@@ -113,6 +113,22 @@ def test_small_singular_values_are_resolved_in_float32(side: Side, method: str) 
     assert close(projector(basis.double()), projector(expected), atol=1e-2)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_gram_matrix_summed_in_pieces_gives_the_vectors_of_an_svd(side: Side) -> None:
+    # 40 columns are summed 1 638 rows at a time.
+    x = torch.stack([with_spectrum(seed, 20_000, 40, torch.arange(40, 0, -1)) for seed in (1, 9)])
+    x = x if side == "right" else x.mT
+    found, values = top_basis(x.float(), 7, side=side, method="gram", return_values=True)
+    other = top_basis(x.float(), 7, side="left" if side == "right" else "right", method="gram")
+    exact = torch.linalg.svd(x, full_matrices=False)
+    left, right = exact[0][..., :7], exact[2][..., :7, :].mT
+    short, long = (right, left) if side == "right" else (left, right)
+    assert close(values, exact[1][..., :7].float(), rtol=1e-6)
+    for basis, expected in ((found, short), (other, long)):
+        cosines = (basis.double() * expected).sum(-2).abs()
+        assert close(cosines, torch.ones_like(cosines), atol=1e-6)
+
+
 def test_results_own_only_their_memory() -> None:
     x = normal(6, 10, 10)
     sketch = normal(7, 10, 4)

@@ -14,7 +14,7 @@ import subspan.optim as optim
 from subspan import linalg
 from subspan.optim.parts.inner import Adam
 from subspan.optim.parts.transport import Rotate
-from subspan.subspaces import Coordinates
+from subspan.subspaces import Coordinates, finders_fixed
 from subspan.subspaces.finder import Sight
 from subspan.subspaces.finders_fixed import TopColumns
 from subspan.subspaces.finders_online import AdamWStep, LionStep, OnlinePCA, SGDStep, pca_slope
@@ -78,6 +78,42 @@ def test_moving_by_slots_equals_the_product_with_the_change_of_basis(
     assert isinstance(slots, Slots)
     expected = change @ moment if side == "left" else moment @ change.mT
     torch.testing.assert_close(slots.move(moment, side), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_what_the_finder_keeps_in_place_moves_as_the_product_with_the_change_of_basis(
+    seed: int, side: str
+) -> None:
+    finder, shape = TopColumns("dct3"), (9, 7) if side == "left" else (7, 9)
+    old = finder.find(sight(normal(seed, *shape), side, 5))
+    new = finder.find(sight(normal(seed + 9, *shape), side, 5, old))
+    moment = normal(seed, *((5, 7) if side == "left" else (7, 5)))
+    slots, change = new.slots_from(old), new.change_from(old).to(DOUBLE)
+    assert isinstance(slots, Slots) and slots.source is None
+    expected = change @ moment if side == "left" else moment @ change.mT
+    assert torch.equal(slots.move(moment, side), expected)
+
+
+@pytest.mark.parametrize("kind", ["dct2", "dct3", "random"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_wide_transforms_choose_and_hand_over_what_the_products_do(
+    kind: Any, side: Any, batch: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("subspan.subspaces.finders_fixed._SMALL_WIDTH", 4)
+    monkeypatch.setitem(finders_fixed._BLOCK, "cpu", 40)  # several blocks
+    gradient = normal(3, *batch, *((12, 17) if side == "left" else (17, 12)))
+    finder = TopColumns(kind, seed=3)
+    found = finder.find(sight(gradient, side, 5))
+    rows = finder.vectors(side, 12, DOUBLE, torch.device("cpu"))
+    whole = rows @ gradient if side == "left" else gradient @ rows.mT
+    across = -1 if side == "left" else -2
+    expected = whole.abs().sum(across).topk(5).indices.sort().values
+    assert torch.equal(found.index, expected)
+    basis = found.dense()
+    product = basis.mT @ gradient if side == "left" else gradient @ basis
+    torch.testing.assert_close(found.project(gradient), product)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

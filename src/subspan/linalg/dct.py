@@ -8,6 +8,7 @@ code picks columns of Q (by its FFT) or of Qᵀ (by its matrix product): `invers
 """
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -69,42 +70,57 @@ def dct(x: Tensor, dim: int = -1, *, inverse: bool = False) -> Tensor:
     Returns:
         The shape of `x`, in float32 (float64 for float64 input).
     """
-    x = x.to(compute_dtype(x.dtype)).movedim(dim, -1)
-    return (_inverse(x) if inverse else _forward(x)).movedim(-1, dim)
+    if inverse:
+        return shuffled_inverse(x, dim).index_select(dim, shuffled_places(x.shape[dim], x.device))
+    return _forward(x.to(compute_dtype(x.dtype)).movedim(dim, -1)).movedim(-1, dim)
 
 
-def _twiddle(x: Tensor, n: int, *, inverse: bool = False) -> Tensor:
-    """exp(-i pi k / 2n) times the orthonormal scale, for a real FFT's frequencies; or 1 / it."""
-    angle = torch.arange(n // 2 + 1, dtype=torch.float64, device=x.device) * (-math.pi / (2 * n))
+def shuffled_inverse(x: Tensor, dim: int = -1) -> Tensor:
+    """`dct(x, dim, inverse=True)` with the outputs in the order in which the FFT leaves them.
+
+    Putting them in order would take as long as the FFT itself; see `shuffled_places`.
+    """
+    x = x.to(compute_dtype(x.dtype))
+    n = x.shape[dim]
+    mirror, factor = _inverse_tables(n, x.dtype, x.device)
+    # The sign of the imaginary part only reverses the outputs. A real FFT ignores that of the first
+    # frequency.
+    spectrum = torch.complex(x.narrow(dim, 0, len(mirror)), x.index_select(dim, mirror))
+    spectrum.movedim(dim, -1).mul_(factor)
+    return torch.fft.irfft(spectrum, n=n, dim=dim)
+
+
+@lru_cache(maxsize=32)
+def shuffled_places(n: int, device: torch.device | str | None = None) -> Tensor:
+    """Where `shuffled_inverse` puts each output of a transform of length n: (n) int64.
+
+    One tensor for all who ask; never written to.
+    """
+    output = torch.arange(n, device=device)
+    ordered = torch.where(output % 2 == 0, output // 2, n - 1 - output // 2)
+    return (n - ordered) % n
+
+
+@lru_cache(maxsize=32)
+def _inverse_tables(n: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The frequency -k that goes with each k of a real FFT, and the factor of the pair."""
+    frequency = torch.arange(n // 2 + 1, device=device)
+    factor = _twiddle(n, device).reciprocal().conj_physical()
+    return ((n - frequency) % n).int(), factor.to(dtype.to_complex())
+
+
+def _twiddle(n: int, device: torch.device) -> Tensor:
+    """exp(-i pi k / 2n) times the orthonormal scale, for a real FFT's frequencies k."""
+    angle = torch.arange(n // 2 + 1, dtype=torch.float64, device=device) * (-math.pi / (2 * n))
     scale = torch.full_like(angle, math.sqrt(2 / n))
     scale[0] = math.sqrt(1 / n)
-    factor = torch.polar(scale.reciprocal(), -angle) if inverse else torch.polar(scale, angle)
-    return factor.to(torch.complex128 if x.dtype == torch.float64 else torch.complex64)
+    return torch.polar(scale, angle)
 
 
 def _forward(x: Tensor) -> Tensor:
     n = x.shape[-1]
     # Even places in order, then odd places backwards: the DCT becomes a real FFT of length n.
     reordered = torch.cat([x[..., ::2], x[..., 1::2].flip(-1)], dim=-1)
-    spectrum = torch.fft.rfft(reordered) * _twiddle(x, n)
+    spectrum = torch.fft.rfft(reordered) * _twiddle(n, x.device).to(x.dtype.to_complex())
     high = -spectrum.imag[..., 1 : (n + 1) // 2].flip(-1)
     return torch.cat([spectrum.real, high], dim=-1)
-
-
-def _inverse(x: Tensor) -> Tensor:
-    n = x.shape[-1]
-    half = n // 2 + 1
-    imaginary = torch.zeros_like(x[..., :half])
-    imaginary[..., 1 : (n + 1) // 2] = -x[..., half:].flip(-1)
-    if n % 2 == 0:
-        # At the middle frequency the real and the imaginary part are the same coefficient.
-        imaginary[..., n // 2] = -x[..., n // 2]
-    # A complex division takes five times as long as a multiplication.
-    spectrum = torch.complex(x[..., :half].contiguous(), imaginary).mul_(
-        _twiddle(x, n, inverse=True)
-    )
-    reordered = torch.fft.irfft(spectrum, n=n)
-    restored = torch.empty_like(reordered)
-    restored[..., ::2] = reordered[..., : (n + 1) // 2]
-    restored[..., 1::2] = reordered[..., (n + 1) // 2 :].flip(-1)
-    return restored

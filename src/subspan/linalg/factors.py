@@ -7,12 +7,17 @@ from torch import Tensor
 
 from .dtypes import compute_dtype
 from .orthonormal import divisor, orthonormalise
+from .products import add_product_
 from .shapes import Side, check_matrix, check_rank, check_side, side_size
 
 Method = Literal["auto", "svd", "gram"]
 
-_GRAM_ASPECT = 1.5
-"""Ratio of the sides from which the Gram matrix in float64 beats an SVD in float32 on a CPU."""
+_LONG = 1.5
+"""Ratio of the sides from which a square matrix of the short side is worth making first: the
+triangle of a QR in exact decompositions, else the Gram matrix in float64."""
+
+_PIECE = 1 << 16
+"""Elements of a matrix that are in float64 at once, or a square of its short side."""
 
 _ZERO_VALUE = 1e-7
 """Relative size below which a singular value from a float64 Gram matrix is rounding."""
@@ -64,9 +69,9 @@ def top_basis(
             completed with orthonormal columns of singular value 0.
         side: "left" for a basis of R^m, "right" for R^n.
         method: "svd", or "gram" for the eigenvectors of the smaller of x xᵀ and xᵀ x. The Gram
-            matrix of float32 input is formed in float64: squared singular values keep their digits,
-            at the price of a float64 copy of `x`. "auto" takes "gram" for float32 on a GPU or when
-            one side is 1.5 times the other, else "svd".
+            matrix of float32 input is formed in float64: squared singular values keep their digits.
+            "auto" takes "gram" for float32 on a GPU or when one side is 1.5 times the other, else
+            "svd".
         return_values: also return the singular values.
 
     Returns:
@@ -83,13 +88,12 @@ def top_basis(
         raise ValueError(f'method must be "auto", "svd" or "gram", got {method!r}')
     work = x.to(compute_dtype(x.dtype))
     if method == "auto":
-        cheaper = x.is_cuda or max(x.shape[-2:]) >= _GRAM_ASPECT * min(x.shape[-2:])
+        cheaper = x.is_cuda or _is_long(x)
         method = "gram" if cheaper and work.dtype == torch.float32 else "svd"
     if method == "gram":
         basis, values = _gram_basis(work, rank, side)
     else:
-        left, values, right = torch.linalg.svd(work, full_matrices=False)
-        basis = left if side == "left" else right.mT
+        basis, values = _svd_basis(work, side)
     basis = _complete(basis, rank)
     if not return_values:
         return basis
@@ -116,19 +120,39 @@ def top_bases(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return _owned(left[..., :rank]), _owned(right.mT[..., :rank])
 
 
+def _svd_basis(x: Tensor, side: Side) -> tuple[Tensor, Tensor]:
+    """All singular vectors on a side, and the values.
+
+    Those on the short side of a long matrix are those of its QR's triangle: an SVD of that has no
+    vectors on the long side to make, and so takes about half the time and memory.
+    """
+    tall, on_short_side = _tall(x, side)
+    if on_short_side and _is_long(x):
+        triangle = torch.linalg.qr(tall, mode="r").R
+        x = triangle if side == "right" else triangle.mT
+    left, values, right = torch.linalg.svd(x, full_matrices=False)
+    return left if side == "left" else right.mT, values
+
+
 def _gram_basis(x: Tensor, rank: int, side: Side) -> tuple[Tensor, Tensor]:
     """As `top_basis`, from the eigenvectors of the smaller Gram matrix in float64."""
     tall, on_short_side = _tall(x, side)
     scale = _scale(tall)
-    exact = (tall / scale).double()
-    eigenvalues, vectors = torch.linalg.eigh(exact.mT @ exact)
+    # A float64 copy of the whole matrix would be the largest temporary of a refresh.
+    pieces = tall.split(max(tall.shape[-1], _PIECE // tall.shape[-1]), dim=-2)
+    gram = tall.new_zeros((*tall.shape[:-2], *[tall.shape[-1]] * 2), dtype=torch.float64)
+    for piece in pieces:
+        exact = (piece / scale).double()
+        add_product_(gram, exact.mT, exact)
+    del exact
+    eigenvalues, vectors = torch.linalg.eigh(gram)
     values = eigenvalues.flip(-1).clamp(min=0).sqrt().to(x.dtype) * scale.squeeze(-1)
-    short = vectors.flip(-1)[..., :rank]
+    short = vectors[..., -rank:].flip(-1)
     if on_short_side:
         return short.to(x.dtype), values
     # Products with different singular vectors are orthogonal up to rounding; directions of
     # singular value zero have no image and are completed here.
-    image = exact @ short
+    image = torch.cat([(piece / scale).double() @ short for piece in pieces], dim=-2)
     length = torch.linalg.vector_norm(image, dim=-2, keepdim=True)
     image = torch.where(length > _ZERO_VALUE * length.amax(-1, keepdim=True), image, 0.0)
     return orthonormalise(image).to(x.dtype), values
@@ -207,6 +231,10 @@ def sketched_basis(
             return rotated
         image = image @ vectors
     return _complete(orthonormalise(image[..., :rank]), rank)
+
+
+def _is_long(x: Tensor) -> bool:
+    return max(x.shape[-2:]) >= _LONG * min(x.shape[-2:])
 
 
 def _tall(x: Tensor, side: Side) -> tuple[Tensor, bool]:

@@ -102,7 +102,7 @@ def gaussian_basis(
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
     shape = (rank, size) if rows else (size, rank)
-    draw = gaussian(seed, shape, compute_dtype(dtype)) / math.sqrt(rank)
+    draw = gaussian(seed, shape, compute_dtype(dtype)).div_(math.sqrt(rank))
     return (draw.mT if rows else draw).to(device=device, dtype=dtype)
 
 

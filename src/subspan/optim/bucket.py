@@ -93,7 +93,10 @@ class Bucket:
         view = self.layout.view
         batch = work.take((len(tensors), *view), self.dtype, self.device)
         for row, tensor in zip(batch, tensors, strict=True):
-            row.copy_(_plain(tensor).reshape(view))
+            if is_quantised(tensor):
+                tensor.dequantise(out=row)  # type: ignore[attr-defined]
+            else:
+                row.copy_(tensor.reshape(view))
         return batch[0] if self.single else batch
 
     def owns(self, gathered: Tensor) -> bool:
@@ -199,11 +202,6 @@ def write(target: Tensor, value: Tensor, draw: torch.Generator | None) -> None:
         linalg.stochastic_round_(target, value.reshape(target.shape), draw)
     else:
         target.copy_(value)
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    plain: Tensor = tensor.dequantise() if is_quantised(tensor) else tensor  # type: ignore[attr-defined]
-    return plain
 
 
 def is_quantised(tensor: Tensor) -> bool:

@@ -20,6 +20,7 @@ from subspan.optim.backward import BackwardUpdates, Clipping
 from subspan.optim.bucket import Bucket
 from subspan.optim.collect import assignments, buckets, gradients_are_usable
 from subspan.optim.composition import Composition
+from subspan.optim.factored import step_in_rows, steps_in_rows
 from subspan.optim.parts.scene import Scene, Seen, Update
 from subspan.optim.parts.workspace import Workspace
 from subspan.optim.refreshing import follow, look
@@ -198,11 +199,19 @@ class SubspaceOptimizer(Roster):
     ) -> None:
         """The step of one bucket: refresh, transport, project, inner, output, apply."""
         work.release()
-        weight, state = bucket.gather(bucket.weights, work), bucket.load()
+        state = bucket.load()
+        if steps_in_rows(parts, bucket.layout):
+            weight = bucket.gather(bucket.weights, work)
+            lr = self._learning_rate(group, parts, weight)
+            step_in_rows(bucket, weight, state, group, parts, lr, work)
+            self._commit(bucket, group, weight, state, False)
+            return
+        seen = look(bucket, parts, group, state, work)
+        # Only now: a refresh needs the memory that a copy of the weight would take.
+        weight = bucket.gather(bucket.weights, work)
         lr = self._learning_rate(group, parts, weight)
         rate = 1.0 if parts.clip_rms is not None else lr * parts.lr_scale
         rate = rate * parts.inner.shape_factor(bucket.layout)
-        seen = look(bucket, parts, group, state, work)
         if parts.elementwise and _takes_kernel(parts, bucket.age, weight, seen, state):
             decay = group["weight_decay"]
             assert isinstance(rate, float)
@@ -213,13 +222,14 @@ class SubspaceOptimizer(Roster):
             return
 
         direction = parts.inner.update(seen.coordinates, state, bucket.age, rate, work)
+        kept = seen.subspace is None and parts.clip_rms is None and isinstance(rate, float)
+        if not direction.scratch and not kept:
+            direction.value = work.like(direction.value).copy_(direction.value)
         update = Update(direction.value, direction.step)
         if seen.subspace is not None:
             scene = Scene(seen, direction, bucket.layout, state, parts.inner, rate, work)
             update = parts.output.form(scene, parts.remainder)
-        if parts.normaliser is not None and parts.normaliser.after:
-            update.divisor = parts.normaliser.divisor(seen.gradient, state, bucket.step)
-        apply_update(weight, update, seen, lr, group["weight_decay"], parts, work)
+        apply_update(weight, update, seen, state, lr, group["weight_decay"], parts, work)
 
         if seen.subspace is not None and parts.finder is not None and parts.finder.follows:
             follow(bucket, parts, group, state, seen)

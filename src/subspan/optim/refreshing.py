@@ -36,33 +36,53 @@ def look(
         given = bucket.coordinates[0] if bucket.single else torch.stack(bucket.coordinates)
         return Seen(given, given, subspace, None, False)
     gradient = bucket.gather(bucket.gradients, work)
-    late = bucket.layout.projected and checked_in_bucket(group, parts, bucket.device)
+    late = checked_in_bucket(group, bucket.device) and not parts.elementwise
     shown = parts.shows_bad_gradients and not bucket.due
+    sums = None
+    if parts.normaliser is not None and parts.normaliser.after:
+        sums = parts.normaliser.sums(gradient, state, work)
     if late and not shown:
-        check_bucket(bucket, gradient)
+        check_bucket(bucket, gradient if sums is None else sums)
     if parts.normaliser is not None and not parts.normaliser.after:
         gradient = parts.normaliser.normalise(gradient, state, bucket.step, work)
     if "error" in state:
-        out = gradient if bucket.owns(gradient) else work.like(gradient)
-        gradient = torch.add(gradient, state["error"], out=out)
+        gradient = _with_error(bucket, parts, gradient, state, work)
     if parts.finder is None:
-        return Seen(gradient, gradient, None, None, False)
+        return Seen(gradient, gradient, None, None, False, sums=sums)
 
-    subspace, loss, refreshed = _in_force(bucket, parts, group, gradient, state)
+    subspace, loss, refreshed = _in_force(bucket, parts, group, gradient, state, work)
     if parts.complement:
         return Seen(gradient, subspace.residual(gradient).mul_(parts.gain), None, loss, refreshed)
     lead = gradient.shape[: gradient.dim() - len(bucket.layout.view)]
     out = work.take((*lead, *bucket.layout.coordinates), gradient.dtype, gradient.device)
     coordinates = subspace.project(gradient, out=out)
+    norms = parts.output.measure(gradient, bucket.layout, parts.remainder, work)
     if late and shown:
-        check_bucket(bucket, coordinates)
+        check_bucket(bucket, coordinates if norms is None else norms)
     if parts.gain != 1.0:
         coordinates = coordinates.mul_(parts.gain)
-    return Seen(gradient, coordinates, subspace, loss, refreshed)
+    return Seen(gradient, coordinates, subspace, loss, refreshed, norms, sums)
+
+
+def _with_error(
+    bucket: Bucket, parts: Composition, gradient: Tensor, state: State, work: Workspace
+) -> Tensor:
+    """The gradient plus the error buffer; in the buffer, unless something reads it later on."""
+    error: Tensor = state["error"]
+    late = parts.finder is not None and parts.finder.follows
+    if not late and parts.normaliser is None:
+        return error.add_(gradient)
+    out = gradient if bucket.owns(gradient) else work.like(gradient)
+    return torch.add(gradient, error, out=out)
 
 
 def _in_force(
-    bucket: Bucket, parts: Composition, group: dict[str, Any], gradient: Tensor, state: State
+    bucket: Bucket,
+    parts: Composition,
+    group: dict[str, Any],
+    gradient: Tensor,
+    state: State,
+    work: Workspace,
 ) -> tuple[Subspace, MomentumLoss | None, bool]:
     """This step's subspace, what the momentum lost if it is new, and whether it is."""
     finder, layout, inner = parts.finder, bucket.layout, parts.inner
@@ -75,14 +95,30 @@ def _in_force(
         due = parts.refresh.drifted(gradient, previous, state, bucket.step)
     if previous is not None and (not due or bucket.blank):
         return previous, None, False
+    if first or bucket.step - state["refreshed"][0] > 1:
+        # Finders need more memory than the rest of a step, which is not kept waiting meanwhile.
+        # Those that find at every step would only have it mapped in again.
+        work.trim()
 
     before = momentum = None
     if previous is not None and bucket.age > 1 and moment is not None:
-        before = state[moment].clone() if parts.reads_momentum_loss else None
+        held: Tensor = state[moment]
+        before = work.like(held).copy_(held) if parts.reads_momentum_loss else None
         if finder.reads_momentum:
-            momentum = state[moment] * inner.momentum_correction(bucket.age - 1)
+            correction = inner.momentum_correction(bucket.age - 1)
+            momentum = torch.mul(held, correction, out=work.like(held))
     seeds = bucket.seeds(group["seed"], FIND)
-    sight = Sight(gradient, layout, bucket.layouts, previous, momentum, seeds, state, bucket.step)
+    sight = Sight(
+        gradient,
+        layout,
+        bucket.layouts,
+        previous,
+        momentum,
+        seeds,
+        state,
+        bucket.step,
+        scratch=work.like,
+    )
     found = finder.find(sight)
     stacked = len(layout.view) > 2 and layout.side != "modes" and finder.reads_gradient
     if stacked and isinstance(found, Dense) and isinstance(previous, Dense):
@@ -92,9 +128,10 @@ def _in_force(
         found = Dense(found.side, kept, found.orthonormal)
     loss = None
     if previous is not None:
-        _transport(bucket, parts, state, previous, found)
+        _transport(bucket, parts, state, previous, found, work)
         if before is not None and moment is not None:
-            loss = MomentumLoss(previous, before, found, state[moment].clone())
+            after = work.like(state[moment]).copy_(state[moment])
+            loss = MomentumLoss(previous, before, found, after)
     parts.refresh.found(gradient, previous, found, state)
     found = _store(bucket, parts, state, found)
     state["refreshed"] = [0 if bucket.blank else bucket.step] * len(bucket.states)
@@ -138,7 +175,12 @@ def follow(
 
 
 def _transport(
-    bucket: Bucket, parts: Composition, state: State, previous: Subspace, found: Subspace
+    bucket: Bucket,
+    parts: Composition,
+    state: State,
+    previous: Subspace,
+    found: Subspace,
+    work: Workspace,
 ) -> None:
     if parts.transport.restarts:
         for declared in parts.inner.declare(bucket.layout):
@@ -150,4 +192,4 @@ def _transport(
         change = found.slots_from(previous) or found.change_from(previous)
         side = bucket.layout.side
         assert side is not None
-        parts.transport.apply(parts.inner, state, change, side, bucket.age - 1)
+        parts.transport.apply(parts.inner, state, change, side, bucket.age - 1, work.like)

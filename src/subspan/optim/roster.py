@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +34,7 @@ class Roster(torch.optim.Optimizer):
     """Param groups with a layout for every parameter and a composition for every group."""
 
     recipe: Recipe
+    _constructing = False
 
     def __init__(self, params: Parameters, **options: Any) -> None:
         self.recipe.check_options(options)
@@ -43,7 +45,11 @@ class Roster(torch.optim.Optimizer):
         self._homes: dict[Tensor, tuple[torch.device, torch.dtype]] = {}
         self._positions: dict[Tensor, int] = {}
         self._compositions: list[tuple[list[Any], Composition]] = []
+        self._constructing = True
         super().__init__(params, {**self.recipe.defaults, **options})
+        self._constructing = False
+        for _, composition in self._compositions:
+            self._check_names(composition)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its own hyper-parameters override the optimizer's.
@@ -64,6 +70,8 @@ class Roster(torch.optim.Optimizer):
             self.recipe.check_group(group)
             composition = self.recipe.compose(group)
             self._lay_out(group, composition)
+            if not self._constructing:  # else a later group may have what this one lacks
+                self._check_names(composition)
         except Exception:
             self.param_groups.pop()
             for parameter in group["params"]:
@@ -92,6 +100,21 @@ class Roster(torch.optim.Optimizer):
         self._places.update((p, (i, len(everyone))) for i, p in enumerate(everyone))
         if composition.activity is not None:
             composition.activity.check([self._layouts[parameter] for parameter in everyone])
+
+    def _check_names(self, composition: Composition) -> None:
+        """Refuse settings for parameters that do not exist.
+
+        Raises:
+            ValueError: naming one, and those of the parameters' names that are most like it.
+        """
+        known = [layout.name for layout in self._layouts.values()]
+        for name in composition.inner.names():
+            if name not in known:
+                closest = get_close_matches(name, known, n=8, cutoff=0.0)
+                raise ValueError(
+                    f"no parameter is called {name!r}; of the {len(known)} names those most like "
+                    f"it are {', '.join(map(repr, closest))}"
+                )
 
     def projected(self, group: dict[str, Any]) -> list[Tensor]:
         """The parameters of a group to which the recipe's subspace or activity applies."""

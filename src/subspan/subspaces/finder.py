@@ -20,6 +20,8 @@ from subspan.subspaces.tucker import Tucker
 State = dict[str, Any]
 Form = Literal["dense", "seeded", "coordinates", "columns", "modes"]
 OneSide = Literal["left", "right"]
+# Makes an uninitialised tensor like a given one.
+Scratch = Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -39,6 +41,7 @@ class Sight:
         lr_ratio: the learning rate now as a share of the first one, for finders with steps of their
             own.
         coordinates: the gradient in coordinates of `previous`; only in `follow`.
+        scratch: where large temporaries come from.
     """
 
     gradient: Tensor
@@ -51,6 +54,7 @@ class Sight:
     step: int
     lr_ratio: float = 1.0
     coordinates: Tensor | None = None
+    scratch: Scratch = torch.empty_like
 
     def stacked(self, values: Sequence[Tensor]) -> Tensor:
         """One tensor per parameter as the batch that the gradient is; alone, the tensor itself."""

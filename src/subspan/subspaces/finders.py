@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from subspan import linalg
+from subspan.linalg.products import add_product_
 from subspan.subspaces.bases import (
     Coordinates,
     Dense,
@@ -156,15 +157,16 @@ class WarmPowerIteration(Finder):
     def _product(self, sight: Sight, x: Tensor, *, transposed: bool) -> Tensor:
         """`b x` or `b^T x` without forming b.
 
-        The lifted momentum is a product of two thin factors.
+        The lifted momentum is a product of two thin factors. Where `x` is the basis that lifts it,
+        one of them and `x` cancel.
         """
         matrix = sight.gradient.mT if transposed else sight.gradient
-        result = (matrix @ x).mul_(1.0 - self.blend if sight.momentum is not None else 1.0)
-        if sight.momentum is not None:
-            left, right = _thin_factors(sight.previous, sight.momentum)
-            left, right = (right, left) if transposed else (left, right)
-            result += self.blend * (left @ (right.mT @ x))
-        return result
+        if sight.momentum is None:
+            return matrix @ x
+        left, right = _thin_factors(sight.previous, sight.momentum)
+        left, right = (right, left) if transposed else (left, right)
+        result = sight.scratch(left).copy_(left) if x is right else left @ (right.mT @ x)
+        return add_product_(result, matrix, x, alpha=1.0 - self.blend, beta=self.blend)
 
     def _blended(self, sight: Sight) -> Tensor:
         if sight.momentum is None or sight.previous is None:

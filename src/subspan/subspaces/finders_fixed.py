@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from subspan import linalg
+from subspan.linalg.dct import shuffled_inverse, shuffled_places
 from subspan.linalg.indexing import take
 from subspan.subspaces.bases import Coordinates, Entries, Subspace
 from subspan.subspaces.finder import Finder, Form, OneSide, Sight
@@ -22,7 +24,7 @@ from subspan.subspaces.layout import Layout
 
 Matrix = Literal["dct2", "dct3", "random", "identity"]
 # Up to this width a matrix product is faster than an FFT on the CPU.
-_SMALL_WIDTH = 320
+_SMALL_WIDTH = 192
 # Entries that are transformed at once: cache-sized on the CPU, few kernels elsewhere.
 _BLOCK = {"cpu": 1 << 18, "other": 1 << 23}
 
@@ -81,22 +83,32 @@ class TopColumns(Finder):
             return Entries(index.sort().values, layout.matrix)
         side, size = layout.one_side, layout.side_size
         along, across = (-2, -1) if side == "left" else (-1, -2)
-        transformed, weights = self._transform(gradient, side), gradient.new_zeros(())
+        blocks, places = self._transformed(gradient, side)
         # A norm along columns would stride through memory.
         size_of = torch.abs if self.norm == 1 else torch.square
-        for block in transformed.split(_block(gradient, across), across):
+        weights = gradient.new_zeros(())
+        for block in blocks:
             weights = weights + size_of(block).sum(across)
-        index = weights.topk(layout.rank).indices.sort().values
-        if sight.previous is not None:
+        if places is not None:
+            weights = weights.index_select(-1, places)
+        index, before = weights.topk(layout.rank).indices, None
+        if sight.previous is None:
+            index = index.sort().values
+        else:
             assert isinstance(sight.previous, FixedColumns | Coordinates)
-            # Single matrices of a stack may have no gradient (experts that saw no token).
-            silent = weights.sum(-1, keepdim=True) == 0
-            index = keep_slots(index, sight.previous.index, size)
-            index = torch.where(silent, sight.previous.index, index)
+            before = sight.previous.index
+            index = keep_slots(index, before, size)
+            if index.dim() > 1:
+                # Single matrices of a stack may have no gradient (experts that saw no token).
+                silent = weights.sum(-1, keepdim=True) == 0
+                index = torch.where(silent, before, index)
         if self.form == "coordinates":
             return Coordinates(side, index, size)
         vectors = self.vectors(side, size, gradient.dtype, gradient.device)
-        return FixedColumns(side, index, vectors, (gradient, take(transformed, index, along)))
+        place = index if places is None else places[index]
+        taken = [take(block, place, along) for block in blocks]
+        coordinates = taken[0] if len(taken) == 1 else torch.cat(taken, across)
+        return FixedColumns(side, index, vectors, (gradient, coordinates), before)
 
     def indexed(
         self, index: Tensor, layout: Layout, dtype: torch.dtype, device: torch.device
@@ -115,20 +127,22 @@ class TopColumns(Finder):
         assert name != "identity"
         return name
 
-    def _transform(self, gradient: Tensor, side: OneSide) -> Tensor:
-        """G Q or Qᵀ G."""
-        if self.form == "coordinates":
-            return gradient
+    def _transformed(
+        self, gradient: Tensor, side: OneSide
+    ) -> tuple[Sequence[Tensor], Tensor | None]:
+        """G Q or Qᵀ G in blocks, and where its columns or rows are if not in order."""
         along, across = (-2, -1) if side == "left" else (-1, -2)
+        blocks = gradient.split(_block(gradient, across), across)
+        if self.form == "coordinates":
+            return blocks, None
         size, name = gradient.shape[along], self._fixed(side)
-        if name != "random" and size > _SMALL_WIDTH:
-            result, length = torch.empty_like(gradient), _block(gradient, across)
-            blocks = zip(gradient.split(length, across), result.split(length, across), strict=True)
-            for block, target in blocks:
-                target.copy_(linalg.dct(block, along, inverse=name == "dct3"))
-            return result
-        vectors = self.vectors(side, size, gradient.dtype, gradient.device)
-        return vectors @ gradient if side == "left" else gradient @ vectors.mT
+        if name == "random" or size <= _SMALL_WIDTH:
+            vectors = self.vectors(side, size, gradient.dtype, gradient.device)
+            return [vectors @ b if side == "left" else b @ vectors.mT for b in blocks], None
+        if name == "dct2":
+            return [linalg.dct(block, along) for block in blocks], None
+        places = shuffled_places(size, gradient.device)
+        return [shuffled_inverse(block, along) for block in blocks], places
 
 
 def _block(x: Tensor, dim: int) -> int:

@@ -29,11 +29,12 @@ class Slots:
     """A change between two choices from the same columns: what C = Q_newᵀ Q_old is then.
 
     Attributes:
-        source: (..., r) int64; the old slot whose coordinate each new slot takes over.
+        source: (..., r) int64; the old slot whose coordinate each new slot takes over. None if that
+            is its own everywhere.
         kept: (..., r) bool; whether there is one.
     """
 
-    source: Tensor
+    source: Tensor | None
     kept: Tensor
 
     @classmethod
@@ -46,9 +47,10 @@ class Slots:
 
     def move(self, coordinates: Tensor, side: Side) -> Tensor:
         """C c on the left, c Cᵀ on the right: a copy by index, with exact zeros."""
-        left = side == "left"
-        moved = take(coordinates, self.source, -2 if left else -1)
-        return moved.masked_fill_(~self.kept.unsqueeze(-1 if left else -2), 0.0)
+        along, across = (-2, -1) if side == "left" else (-1, -2)
+        moved = coordinates if self.source is None else take(coordinates, self.source, along)
+        # A product takes a tenth of the time of masked_fill.
+        return moved * self.kept.unsqueeze(across).to(moved.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +63,7 @@ class FixedColumns(OneSided):
         vectors: (d, d), the columns as rows, so that choosing some copies whole rows; never
             written to.
         seen: a matrix and its coordinates, if they are known already.
+        aligned: the `index` of an earlier choice whose columns have kept their slots in this one.
 
     Raises:
         TypeError: `index` is not int64.
@@ -71,6 +74,7 @@ class FixedColumns(OneSided):
     index: Tensor
     vectors: Tensor
     seen: tuple[Tensor, Tensor] | None = None
+    aligned: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_side(self.side)
@@ -110,9 +114,11 @@ class FixedColumns(OneSided):
         return super().change_from(previous)
 
     def slots_from(self, previous: Subspace) -> Slots | None:
-        if isinstance(previous, FixedColumns) and previous.vectors is self.vectors:
-            return Slots.between(self.index, previous.index, self.size)
-        return None
+        if not isinstance(previous, FixedColumns) or previous.vectors is not self.vectors:
+            return None
+        if self.aligned is previous.index:
+            return Slots(None, self.index == previous.index)
+        return Slots.between(self.index, previous.index, self.size)
 
 
 def keep_slots(chosen: Tensor, previous: Tensor, size: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,9 @@ from torch import Tensor
 from subspan.optim.parts.inner import Direction, Inner, Rate, check_betas, check_non_negative
 from subspan.optim.parts.workspace import Workspace
 from subspan.subspaces.layout import Layout, StateDeclaration
+
+# Entries of a block of rows on the CPU, where it stays in the cache between calls, and elsewhere.
+_BLOCK, _LARGE_BLOCK = 1 << 18, 1 << 22
 
 
 @dataclass(frozen=True)
@@ -111,11 +115,63 @@ def factored_scaling(
         name: of the moment in the state.
     """
     weight = float(age) ** decay_rate
-    squares = torch.mul(x, x, out=out).add_(eps)
     if name in state:
-        moment = state[name].lerp_(squares, weight)
+        moment = state[name].lerp_(torch.mul(x, x, out=out).add_(eps), weight)
         return torch.rsqrt(moment, out=out).mul_(x)
-    row = state[f"{name}_row"].lerp_(squares.mean(-1), weight)
-    col = state[f"{name}_col"].lerp_(squares.mean(-2), weight)
-    row_factor = (row / row.mean(-1, keepdim=True)).rsqrt_().unsqueeze(-1)
-    return torch.mul(x, row_factor, out=out).mul_(col.rsqrt().unsqueeze(-2))
+    row, column = scale_factors(mean_squares(x, eps, out), state, weight, name)
+    for rows in row_blocks(x):
+        scale_rows(x, row, column, rows, out[..., rows, :])
+    return out
+
+
+def block_length(x: Tensor) -> int:
+    """Rows of a block of `row_blocks`, unless it is the last."""
+    entries = _BLOCK if x.device.type == "cpu" else _LARGE_BLOCK
+    return max(1, entries * x.shape[-2] // max(1, x.numel()))
+
+
+def row_blocks(x: Tensor) -> Iterator[slice]:
+    """Ranges of rows of `x` `(..., m, n)` whose temporaries stay in the cache, or fill a GPU."""
+    m, length = x.shape[-2], block_length(x)
+    for start in range(0, m, length):
+        yield slice(start, min(start + length, m))
+
+
+def mean_squares(x: Tensor, eps: float, scratch: Tensor) -> tuple[Tensor, Tensor]:
+    """Means of `x∘x + eps` over the entries of every row, `(..., m)`, and column, `(..., n)`.
+
+    Args:
+        x: `(..., m, n)`.
+        eps: see above.
+        scratch: contiguous, with room for a block of rows; overwritten.
+    """
+    *lead, m, n = x.shape
+    row, column = x.new_empty((*lead, m)), x.new_zeros((*lead, n))
+    for rows in row_blocks(x):
+        part = x[..., rows, :]
+        squares = torch.mul(part, part, out=scratch.view(-1)[: part.numel()].view(part.shape))
+        torch.sum(squares, -1, out=row[..., rows])
+        column.add_(squares.sum(-2))
+    return row.div_(n).add_(eps), column.div_(m).add_(eps)
+
+
+def scale_factors(
+    means: tuple[Tensor, Tensor], state: dict[str, Any], weight: float, name: str
+) -> tuple[Tensor, Tensor]:
+    """The factors per row, `(..., m, 1)`, and column, `(..., 1, n)`, of `factored_scaling`.
+
+    Args:
+        means: of the squares, as `mean_squares` gives them.
+        state: holds the averages `{name}_row` and `{name}_col`, which take them up.
+        weight: of the new means in the averages.
+        name: of the moment in the state.
+    """
+    row = state[f"{name}_row"].lerp_(means[0], weight)
+    column = state[f"{name}_col"].lerp_(means[1], weight)
+    factor = (row / row.mean(-1, keepdim=True)).rsqrt_()
+    return factor.unsqueeze(-1), column.rsqrt().unsqueeze(-2)
+
+
+def scale_rows(x: Tensor, row: Tensor, column: Tensor, rows: slice, out: Tensor) -> Tensor:
+    """Some rows of `x` times the factors that `scale_factors` gives, in `out`."""
+    return torch.mul(x[..., rows, :], row[..., rows, :], out=out).mul_(column)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,8 +15,10 @@ from subspan.optim.parts.muon import averaged_ahead, check_momentum, check_steps
 from subspan.optim.parts.workspace import Workspace
 from subspan.subspaces.layout import Layout, StateDeclaration
 
-# Entries of which the hyperbolic cosine is taken at once.
-PIECE = 1 << 16
+# Entries that go through all elementwise operations at once, in the inner caches of a CPU.
+PIECE = {"cpu": 1 << 17, "other": 1 << 22}
+# By how many roundings the mean square may be off, twice the divisor's: 8e-6 of it in float32.
+_ROUNDINGS = 128
 
 
 @dataclass(frozen=True)
@@ -73,28 +76,64 @@ class AuON(Inner):
         self, coordinates: Tensor, state: dict[str, Any], age: int, lr: Rate, work: Workspace
     ) -> Direction:
         """See the class."""
-        value = averaged_ahead(coordinates, state, self.momentum, True, work)
-        if self.steps:
-            value = linalg.newton_schulz(value, self.steps, overwrite=True)
-        norm = torch.linalg.vector_norm(value, dim=(-2, -1), keepdim=True).add_(1e-7)
-        scale = norm.reciprocal()
-        gamma = self.gamma if self.as_released else 1.0
-        factor = _rms_cosh(value, gamma * scale).add_(1e-8).reciprocal_()
+        if self.steps or coordinates.dim() > 2:
+            value = averaged_ahead(coordinates, state, self.momentum, True, work)
+            if self.steps:
+                value = linalg.newton_schulz(value, self.steps, overwrite=True)
+            length = torch.linalg.vector_norm(value, dim=(-2, -1), keepdim=True)
+        else:
+            value, length = self._ahead(coordinates, state["momentum_buffer"], work)
+        norm = length + 1e-7
+        divisor = _rms_cosh(value, length, norm, self.gamma if self.as_released else 1.0).add_(1e-8)
         if not self.as_released:
-            factor.mul_(scale)
-        return Direction(value.mul_(factor), lr)
+            divisor.mul_(norm)
+        if value.device.type == "cpu" and divisor.numel() == 1:
+            # A number joins the addition to the weight; a tensor would take a pass of its own.
+            return Direction(value, lr / divisor.item())
+        return Direction(value.div_(divisor), lr)
+
+    def _ahead(self, coordinates: Tensor, moment: Tensor, work: Workspace) -> tuple[Tensor, Tensor]:
+        """`averaged_ahead` of one matrix and its norm, in one pass."""
+        value = work.like(coordinates)
+        square = value.new_zeros(1, 1)
+        rows = max(1, _piece(value) // value.shape[-1])
+        parts = (tensor.split(rows) for tensor in (coordinates, moment, value))
+        for r, m, x in zip(*parts, strict=True):
+            m.lerp_(r, 1.0 - self.momentum)
+            flat = torch.lerp(r, m, self.momentum, out=x).view(-1)
+            square += torch.dot(flat, flat)
+        return value, square.sqrt_()
 
 
-def _rms_cosh(x: Tensor, factor: Tensor) -> Tensor:
-    """Root mean square of `cosh(factor x)` over each matrix, `(..., 1, 1)`.
+def _piece(x: Tensor) -> int:
+    return PIECE.get(x.device.type, PIECE["other"])
 
-    `cosh² z = 1/2 + (exp 2z + exp -2z) / 4` takes a third of the time of the hyperbolic cosine. A
-    few pieces need no temporary of the size of `x`.
+
+def _rms_cosh(x: Tensor, length: Tensor, norm: Tensor, gamma: float) -> Tensor:
+    """Root mean square of `cosh(gamma x / norm)` over each matrix, `(..., 1, 1)`.
+
+    With z of norm gamma at most, it is the root of
+
+        1 + (sum z² + sum (cosh² z - 1 - z²)) / (mn)
+
+    whose last sum, z⁴/3 and smaller terms, is largest when all but one entry are zero. Where even
+    that is no more than `_ROUNDINGS`, it is left out, without a pass over x: for gamma = 1.5 from
+    150 000 entries in float32, of which it would be 1e-10 if they were alike in size. Elsewhere
+    `cosh² z = 1/2 + (exp 2z + exp -2z) / 4`, in a third of the time of the hyperbolic cosine.
+
+    Args:
+        x: `(..., m, n)`.
+        length: its Frobenius norm, `(..., 1, 1)`.
+        norm: what it is divided by, at least the length.
+        gamma: see above.
     """
     m, n = x.shape[-2:]
-    total = torch.zeros_like(factor)
-    for piece in x.split(max(1, PIECE // n), dim=-2):
-        grown = torch.mul(piece, 2.0 * factor).exp_()
+    largest = math.cosh(min(gamma, 99.0)) ** 2 - 1.0 - gamma**2
+    if largest < _ROUNDINGS * torch.finfo(x.dtype).eps * m * n:
+        return (length / norm).mul_(gamma).square_().div_(m * n).add_(1.0).sqrt_()
+    factor, total = 2.0 * gamma / norm, torch.zeros_like(norm)
+    for piece in x.split(max(1, _piece(x) // n), dim=-2):
+        grown = torch.mul(piece, factor).exp_()
         total += grown.sum((-2, -1), keepdim=True)
         total += grown.reciprocal_().sum((-2, -1), keepdim=True)
     return total.div_(4 * m * n).add_(0.5).sqrt_()

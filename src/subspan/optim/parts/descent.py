@@ -15,6 +15,9 @@ from subspan.subspaces.layout import Layout, StateDeclaration
 
 Start = Literal["zero", "gradient", "parameter"]
 
+# Entries whose signs are held at once.
+PIECE = {"cpu": 1 << 17, "other": 1 << 22}
+
 
 @dataclass(frozen=True)
 class SGD(Inner):
@@ -176,6 +179,34 @@ class SignDescent(Inner):
         """See the class."""
         return Direction(torch.sign(coordinates, out=work.like(coordinates)), lr)
 
+    def can_step_weights(self, age: int) -> bool:
+        """Always."""
+        return True
+
+    def step_weights(
+        self,
+        weights: list[Tensor],
+        gradients: list[Tensor],
+        states: list[dict[str, Any]],
+        age: int,
+        lr: float,
+        weight_decay: float,
+        rate: float | None = None,
+    ) -> None:
+        """See `Inner.step_weights`; piece by piece, so that the signs stay in the cache."""
+        step = lr if rate is None else rate
+        length = PIECE.get(weights[0].device.type, PIECE["other"])
+        scratch = weights[0].new_empty(min(length, max(w.numel() for w in weights)))
+        for weight, gradient in zip(weights, gradients, strict=True):
+            if weight_decay:
+                weight.mul_(1.0 - lr * weight_decay)
+            if not weight.is_contiguous():
+                weight.sub_(gradient.sign(), alpha=step)
+                continue
+            pairs = (tensor.view(-1).split(length) for tensor in (weight, gradient))
+            for w, g in zip(*pairs, strict=True):
+                w.sub_(torch.sign(g, out=scratch[: g.numel()]), alpha=step)
+
 
 @dataclass(frozen=True)
 class AverageMomentum(Inner):
@@ -221,4 +252,4 @@ class AverageMomentum(Inner):
         step = lr
         if self.beta2 is not None:
             step = lr * (math.sqrt(1.0 - self.beta2**age) / (1.0 - self.beta**age))
-        return Direction(work.like(coordinates).copy_(moment), step)
+        return Direction(moment, step, scratch=False)

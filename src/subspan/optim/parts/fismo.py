@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from subspan import linalg
+from subspan.linalg.products import add_symmetric_product_
 from subspan.optim.parts.inner import Adam, Direction, Inner, Rate, check_non_negative
 from subspan.optim.parts.muon import check_momentum, check_steps
 from subspan.optim.parts.workspace import Workspace
@@ -93,33 +94,36 @@ class FISMO(Inner):
         kept, due = self.every > 1, (age - 1) % self.every == 0
         old_root = state["right_root"] if kept else inverse_root(right)
         whitened = coordinates @ old_root
-        self._average(left, (whitened @ whitened.mT).div_(n))
+        self._average(left, whitened, n)
         left_root = inverse_root(left) if due else state["left_root"]
-        whitened = left_root @ coordinates
-        self._average(right, (whitened.mT @ whitened).div_(m))
+        whitened = linalg.product(left_root, coordinates, whitened)
+        self._average(right, whitened.mT, m)
         right_root = inverse_root(right) if due else old_root
         if kept and due:
             state["left_root"].copy_(left_root)
             state["right_root"].copy_(right_root)
-        moment = state["momentum_buffer"].lerp_(whitened @ right_root, 1.0 - self.momentum)
+        ahead = whitened @ right_root
+        del whitened  # its memory is needed below
+        moment = state["momentum_buffer"].lerp_(ahead, 1.0 - self.momentum)
         if self.polar == "svd":
             turned = polar_factor(moment)
         else:
-            turned = linalg.newton_schulz(moment, self.steps)
-        return Direction(left_root @ turned @ right_root, lr)
+            turned = linalg.newton_schulz(ahead.copy_(moment), self.steps, overwrite=True)
+        return Direction(linalg.product(left_root @ turned, right_root, turned), lr)
 
-    def _average(self, factor: Tensor, sample: Tensor) -> None:
-        """Average a damped sample into a factor and bring its mean eigenvalue to 1; in place.
+    def _average(self, factor: Tensor, whitened: Tensor, count: int) -> None:
+        """Average the damped sample X X^T / count into a factor and bring its mean eigenvalue to 1.
 
-        The sample is overwritten.
+        In place, without the sample. What `sym` would remove are rounding errors, which fade as
+        the samples do.
         """
         size = factor.shape[-1]
         diagonal = factor.diagonal(dim1=-2, dim2=-1)
         damping = self.damping * diagonal.mean(-1, keepdim=True)
-        factor.lerp_(sample, 1.0 - self.gamma)
-        diagonal.add_(damping, alpha=1.0 - self.gamma)
-        torch.add(factor, factor.mT, out=sample)
-        factor.copy_(sample.mul_(0.5 * size / diagonal.sum(-1)[..., None, None]))
+        weight = 1.0 - self.gamma
+        add_symmetric_product_(factor, whitened, whitened.mT, alpha=weight / count, beta=self.gamma)
+        diagonal.add_(damping, alpha=weight)
+        factor.mul_(size / diagonal.sum(-1)[..., None, None])
 
 
 def inverse_root(factor: Tensor) -> Tensor:
@@ -130,7 +134,7 @@ def inverse_root(factor: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(factor)
     floor = values[..., -1:] * (factor.shape[-1] * torch.finfo(factor.dtype).eps)
     vectors.mul_(values.maximum(floor).pow_(-0.25).unsqueeze(-2))
-    return vectors @ vectors.mT
+    return add_symmetric_product_(torch.empty_like(vectors), vectors, vectors.mT, beta=0.0)
 
 
 def polar_factor(x: Tensor) -> Tensor:

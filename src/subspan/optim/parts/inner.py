@@ -9,7 +9,7 @@ the step.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -27,13 +27,15 @@ class Direction:
     """Minus the change of the coordinates, as `step * value`.
 
     Args:
-        value: same shape as the coordinates; scratch memory that the caller may overwrite.
+        value: same shape as the coordinates; memory that the caller may overwrite.
         step: step size; a number, or a tensor broadcastable to `(..., m, n)` when it depends on the
             weight.
+        scratch: False if the value is a moment itself, which must not be overwritten.
     """
 
     value: Tensor
     step: Rate
+    scratch: bool = True
 
 
 class Inner:
@@ -75,6 +77,10 @@ class Inner:
     def claims(self, name: str | None) -> bool | None:
         """Whether it is for the parameter of that name; None leaves that to the usual rules."""
         return None
+
+    def names(self) -> Collection[str]:
+        """The names of parameters that its settings speak of; all of them must exist."""
+        return ()
 
     def can_step_weights(self, age: int) -> bool:
         """Whether `step_weights` takes the step of that age."""
@@ -233,7 +239,8 @@ class Adam(Inner):
         value = work.like(coordinates).zero_()
         # A unit step on a zero weight is minus the direction: one fused pass over the moments.
         moments = state["exp_avg"], state["exp_avg_sq"]
-        self._fused([value], [coordinates.contiguous()], [moments[0]], [moments[1]], -1.0, 0.0, eps)
+        given = [coordinates.contiguous()]
+        adam_kernel([value], given, [moments[0]], [moments[1]], self.betas, -1.0, 0.0, eps)
         return Direction(value, step)
 
     def step_weights(
@@ -254,33 +261,38 @@ class Adam(Inner):
             step = step * (1.0 - shrink)
         exp_avg = [state["exp_avg"] for state in states]
         exp_avg_sq = [state["exp_avg_sq"] for state in states]
-        self._fused(weights, gradients, exp_avg, exp_avg_sq, float(step), shrink, eps)
+        adam_kernel(weights, gradients, exp_avg, exp_avg_sq, self.betas, float(step), shrink, eps)
 
-    def _fused(
-        self,
-        weights: list[Tensor],
-        gradients: list[Tensor],
-        exp_avg: list[Tensor],
-        exp_avg_sq: list[Tensor],
-        step: float,
-        shrink: float,
-        eps: float,
-    ) -> None:
-        # At an infinite step count the kernel's own bias corrections are exactly 1, which leaves
-        # the conventions to us. The kernel decays by lr * weight_decay before it steps.
-        endless = torch.full((), math.inf, device=weights[0].device)
-        torch._fused_adamw_(
-            weights,
-            gradients,
-            exp_avg,
-            exp_avg_sq,
-            [],
-            [endless] * len(weights),
-            lr=step,
-            beta1=self.betas[0],
-            beta2=self.betas[1],
-            weight_decay=shrink / step if shrink else 0.0,
-            eps=eps,
-            amsgrad=False,
-            maximize=False,
-        )
+
+def adam_kernel(
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    exp_avg: list[Tensor],
+    exp_avg_sq: list[Tensor],
+    betas: tuple[float, float],
+    step: float,
+    shrink: float,
+    eps: float,
+) -> None:
+    """`W <- (1 - shrink) W - step M / (sqrt(V) + eps)` with new averages, in one fused pass.
+
+    All tensors share dtype and device; those of a weight share their strides.
+    """
+    # At an infinite step count the kernel's own bias corrections are exactly 1, which leaves
+    # the conventions to us. The kernel decays by lr * weight_decay before it steps.
+    endless = torch.full((), math.inf, device=weights[0].device)
+    torch._fused_adamw_(
+        weights,
+        gradients,
+        exp_avg,
+        exp_avg_sq,
+        [],
+        [endless] * len(weights),
+        lr=step,
+        beta1=betas[0],
+        beta2=betas[1],
+        weight_decay=shrink / step if shrink else 0.0,
+        eps=eps,
+        amsgrad=False,
+        maximize=False,
+    )

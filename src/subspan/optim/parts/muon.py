@@ -37,6 +37,8 @@ class Muon(Inner):
         eps: lower bound of the norm that X is divided by before the iteration.
         arithmetic: of the iteration; "float32" is float64 for float64 coordinates, "bfloat16" that
             of `torch.optim.Muon`.
+        overwrites: whether coordinates are scratch memory, as those of a complement are; saves one
+            matrix without Nesterov's step.
     """
 
     momentum: float = 0.95
@@ -46,6 +48,7 @@ class Muon(Inner):
     coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315)
     eps: float = 1e-7
     arithmetic: Arithmetic = "float32"
+    overwrites: bool = False
 
     needs_matrix: ClassVar[bool] = True
 
@@ -97,6 +100,8 @@ class Muon(Inner):
         dtype = torch.bfloat16 if self.arithmetic == "bfloat16" else None
         settings = (self.steps, self.coefficients, self.eps, dtype)
         scratch = self.nesterov and self.momentum > 0  # else it is the state or the coordinates
+        if self.overwrites and not scratch:
+            ahead, scratch = coordinates.copy_(ahead), True
         value = linalg.newton_schulz(ahead, *settings, overwrite=scratch)
         return Direction(value.to(coordinates.dtype), lr)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from subspan.optim.parts.adafactor import factored_declarations, factored_scaling
-from subspan.optim.parts.inner import check_non_negative
+from subspan.optim.parts.inner import adam_kernel, check_non_negative
 from subspan.optim.parts.workspace import Workspace
 from subspan.subspaces.layout import Layout, StateDeclaration
 
@@ -33,12 +33,37 @@ class Normaliser:
         """
         raise TypeError(f"{type(self).__name__} does not scale the gradient")
 
-    def divisor(self, gradient: Tensor, state: dict[str, Any], step: int) -> Tensor | None:
+    def sums(self, gradient: Tensor, state: dict[str, Any], work: Workspace) -> Tensor | None:
+        """What `divisor` needs of the whole gradient, finite only where that is; None for nothing.
+
+        Nothing is updated yet.
+        """
+        return None
+
+    def divisor(
+        self, gradient: Tensor, sums: Tensor | None, state: dict[str, Any], work: Workspace
+    ) -> Tensor | None:
         """What the update is divided by, broadcastable to `(..., m, n)`; None for nothing.
 
         The averages are updated in place.
         """
         raise TypeError(f"{type(self).__name__} does not divide the update")
+
+    def can_step_weights(self, sums: Tensor | None) -> bool:
+        """Whether `step_weights` takes the step."""
+        return False
+
+    def step_weights(
+        self,
+        weight: Tensor,
+        gradient: Tensor,
+        extra: Tensor,
+        state: dict[str, Any],
+        step: float,
+        shrink: float,
+    ) -> None:
+        """`W <- (1 - shrink) W - step (extra + G) / divisor`; `extra` is overwritten."""
+        raise TypeError(f"{type(self).__name__} has no fused kernel")
 
 
 @dataclass(frozen=True)
@@ -131,25 +156,52 @@ class SubsetNorm(Normaliser):
         length = next(length for length in range(size, 0, -1) if count % length == 0)
         return layout.view if length == 1 else (*lead, count // length)
 
-    def divisor(self, gradient: Tensor, state: dict[str, Any], step: int) -> Tensor:
-        """See `Normaliser`."""
-        moment, share = state["subset_sq"].mul_(self.beta2), (1.0 - self.beta2) or 1.0
-        if moment.shape == gradient.shape:
-            moment.addcmul_(gradient, gradient, value=share)
-        else:
-            moment.add_(self._sums(gradient, moment.shape), alpha=share)
-        root: Tensor = moment.sqrt().add_(self.eps)
-        if root.shape == gradient.shape or self.subset_size == "heuristics":
-            return root
-        length = gradient.numel() // root.numel()
-        return root.repeat_interleave(length, -1).view(gradient.shape)
-
-    def _sums(self, gradient: Tensor, shape: torch.Size) -> Tensor:
-        """The sum of squares of every subset."""
+    def sums(self, gradient: Tensor, state: dict[str, Any], work: Workspace) -> Tensor | None:
+        """The sum of squares of every subset of more than one entry."""
+        shape = state["subset_sq"].shape
+        if shape == gradient.shape:
+            return None
         if self.subset_size != "heuristics":
             rows = gradient.reshape(*shape, -1)
             return torch.linalg.vector_norm(rows, dim=-1).square_()
         if shape[-1] == 1:
             return torch.linalg.vector_norm(gradient, dim=-1, keepdim=True).square_()
         # A norm along columns strides through memory; squaring first and summing rows does not.
-        return gradient.square().sum(-2, keepdim=True)
+        squares = torch.mul(gradient, gradient, out=work.like(gradient))
+        work.give_back(squares)
+        return squares.sum(-2, keepdim=True)
+
+    def divisor(
+        self, gradient: Tensor, sums: Tensor | None, state: dict[str, Any], work: Workspace
+    ) -> Tensor:
+        """See `Normaliser`."""
+        moment, share = state["subset_sq"].mul_(self.beta2), (1.0 - self.beta2) or 1.0
+        if sums is None:
+            moment.addcmul_(gradient, gradient, value=share)
+            return torch.sqrt(moment, out=work.like(moment)).add_(self.eps)
+        root: Tensor = moment.add_(sums, alpha=share).sqrt().add_(self.eps)
+        if self.subset_size == "heuristics":
+            return root
+        length = gradient.numel() // root.numel()
+        return root.repeat_interleave(length, -1).view(gradient.shape)
+
+    def can_step_weights(self, sums: Tensor | None) -> bool:
+        """If every entry has a second moment of its own, which is an average."""
+        return sums is None and self.beta2 < 1.0
+
+    def step_weights(
+        self,
+        weight: Tensor,
+        gradient: Tensor,
+        extra: Tensor,
+        state: dict[str, Any],
+        step: float,
+        shrink: float,
+    ) -> None:
+        """See `Normaliser`.
+
+        Adam's kernel averages a first moment, too: with rate 1/2 and `extra` in the place of that
+        moment, it holds half of the update.
+        """
+        moment, betas = state["subset_sq"], (0.5, self.beta2)
+        adam_kernel([weight], [gradient], [extra], [moment], betas, 2.0 * step, shrink, self.eps)

@@ -14,16 +14,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from subspan.optim.parts.growth import (
+    channel_factors,
+    channel_norms,
+    check_growth_limit,
+    limit_growth,
+    limiter_declaration,
+    residual_norms,
+    tensor_factor,
+)
 from subspan.optim.parts.inner import check_non_negative
 from subspan.optim.parts.scene import Scene, Update
+from subspan.optim.parts.workspace import Workspace
 from subspan.subspaces.layout import Layout, StateDeclaration
-
-TINY = 1e-8
 
 
 class Remainder:
@@ -35,6 +43,13 @@ class Remainder:
     def declare(self, layout: Layout) -> tuple[StateDeclaration, ...]:
         """The state kept for a parameter of that layout."""
         return ()
+
+    def measure(self, gradient: Tensor, layout: Layout, work: Workspace) -> Tensor | None:
+        """Norms of the gradient that `join` reads, taken while the gradient is in the cache.
+
+        They are finite only where the gradient is.
+        """
+        return None
 
     def join(self, scene: Scene, scale: float) -> Update:
         """The update for a direction that is lifted with factor `scale`."""
@@ -76,15 +91,18 @@ class NormScaled(Remainder):
         """The limiter's last norm."""
         return limiter_declaration(self.growth_limit)
 
+    def measure(self, gradient: Tensor, layout: Layout, work: Workspace) -> Tensor | None:
+        """What the limiter needs of the residual."""
+        return None if self.growth_limit is None else channel_norms(gradient, layout, work)
+
     def join(self, scene: Scene, scale: float) -> Update:
         """See the class."""
         share = scale if self.scaled else 1.0
-        inside = channel_energies(scene.coordinates, scene)
+        inside = channel_norms(scene.coordinates, scene.layout, scene.work)
         factor = channel_factors(scene, inside)
         if self.growth_limit is not None:
-            energies = residual_energies(scene, inside, share)
-            norm = (factor.square() * energies).sum((-2, -1)).sqrt_()
-            factor = factor * limit_growth(norm, scene.state, self.growth_limit)[..., None, None]
+            norms = residual_norms(scene, inside, share).mul_(factor)
+            factor = limit_growth(factor, norms, scene.state, self.growth_limit)
         value = scene.direction.value if scale == 1.0 else scene.direction.value.mul_(scale)
         value.addcmul_(scene.coordinates, factor, value=-share)
         return Update(value, scene.direction.step, factor * scene.direction.step)
@@ -128,7 +146,10 @@ class Stateless(Remainder):
                 scene.direction.value, scene.direction.step * scale, extra=extra.sign_().mul_(rate)
             )
         value = scene.direction.value.mul_(scene.direction.step * scale)
-        value.sub_(scene.coordinates * rate)
+        if isinstance(rate, Tensor):
+            value.sub_(scene.coordinates * rate)
+        else:
+            value.sub_(scene.coordinates, alpha=rate)
         return Update(
             value, 1.0, rate, loss=scene.momentum_loss, rate=scene.lr * self.momentum_loss
         )
@@ -169,11 +190,16 @@ class ErrorFeedback(Remainder):
 
     def join(self, scene: Scene, scale: float) -> Update:
         """See the class."""
-        error = scene.state["error"].copy_(scene.gradient)
-        scene.subspace.add_lift_(error, scene.coordinates, alpha=-self.share)
-        if scene.momentum_loss is not None:
-            weight = scene.inner.momentum_weight
-            scene.momentum_loss.add_to_(error, weight / (1.0 - weight))
+        error, inside, loss = scene.state["error"], scene.coordinates, scene.momentum_loss
+        if error is not scene.gradient:
+            error.copy_(scene.gradient)
+        share = self.share
+        if loss is not None:
+            weight = scene.inner.momentum_weight / (1.0 - scene.inner.momentum_weight)
+            loss.previous.add_lift_(error, loss.before, alpha=weight)
+            # What the new basis holds of gradient and momentum leaves the buffer in one lift.
+            inside, share = loss.after.mul_(weight).add_(inside, alpha=share), 1.0
+        scene.subspace.add_lift_(error, inside, alpha=-share)
         return super().join(scene, scale)
 
 
@@ -210,6 +236,12 @@ class Lift:
         """No state."""
         return ()
 
+    def measure(
+        self, gradient: Tensor, layout: Layout, remainder: Remainder, work: Workspace
+    ) -> Tensor | None:
+        """What the remainder reads."""
+        return remainder.measure(gradient, layout, work)
+
     def form(self, scene: Scene, remainder: Remainder) -> Update:
         """The update of one bucket."""
         return remainder.join(scene, self.scale)
@@ -225,6 +257,12 @@ class SignedLift:
     def declare(self, layout: Layout) -> tuple[StateDeclaration, ...]:
         """No state."""
         return ()
+
+    def measure(
+        self, gradient: Tensor, layout: Layout, remainder: Remainder, work: Workspace
+    ) -> Tensor | None:
+        """Nothing."""
+        return None
 
     def form(self, scene: Scene, remainder: Remainder) -> Update:
         """The update of one bucket."""
@@ -266,108 +304,26 @@ class RescaledGradient:
         """The limiter's last norm."""
         return limiter_declaration(self.growth_limit)
 
+    def measure(
+        self, gradient: Tensor, layout: Layout, remainder: Remainder, work: Workspace
+    ) -> Tensor | None:
+        """What the limiter needs of the gradient."""
+        if self.growth_limit is None:
+            return None
+        if self.granularity == "tensor":
+            return torch.linalg.vector_norm(gradient, dim=(-2, -1), keepdim=True)
+        return channel_norms(gradient, layout, work)
+
     def form(self, scene: Scene, remainder: Remainder) -> Update:
         """The update of one bucket."""
         root = math.sqrt(self.scale)
-        tensor = self.granularity == "tensor"
-        if tensor:
+        if self.granularity == "tensor":
             factor = tensor_factor(scene)
         else:
-            factor = channel_factors(scene, channel_energies(scene.coordinates, scene))
+            inside = channel_norms(scene.coordinates, scene.layout, scene.work)
+            factor = channel_factors(scene, inside)
         if self.growth_limit is not None:
+            norms = scene.norms * factor
             front = root if self.scale_front else 1.0
-            energies = channel_energies(scene.gradient, scene)
-            norm = (factor.square() * energies).sum((-2, -1)).sqrt_().mul_(front)
-            factor = factor * limit_growth(norm, scene.state, self.growth_limit)[..., None, None]
+            factor = limit_growth(factor, norms, scene.state, self.growth_limit, front)
         return Update(scale=factor * (root * scene.direction.step))
-
-
-def check_growth_limit(limit: float | None) -> None:
-    """Refuse a limiter that would forbid a constant norm.
-
-    Raises:
-        ValueError: if `limit` is a number below 1.
-    """
-    if limit is not None and not limit >= 1.0:
-        raise ValueError(f"growth_limit={limit!r} must be at least 1, or None for no limiter")
-
-
-def limiter_declaration(limit: float | None) -> tuple[StateDeclaration, ...]:
-    """One norm per matrix; infinite before the first step, which therefore is never limited."""
-    return (
-        ()
-        if limit is None
-        else (StateDeclaration("update_norm", "scalar", "scalar", fill=math.inf),)
-    )
-
-
-def limit_growth(norm: Tensor, state: dict[str, Any], limit: float) -> Tensor:
-    """The factor that keeps a norm from exceeding `limit` times the last one.
-
-    The last one is updated in place. A zero norm leaves the memory alone: after a zero gradient the
-    next update would otherwise start from 1e-8.
-
-    Args:
-        norm: one per matrix.
-        state: holds "update_norm".
-        limit: largest growth per step.
-    """
-    last = state["update_norm"]
-    factor = (norm / (last + TINY)).clamp_(min=limit).reciprocal_().mul_(limit)
-    last.copy_(torch.where(norm > 0, norm * factor, last))
-    return factor
-
-
-def channel_energies(x: Tensor, scene: Scene) -> Tensor:
-    """Squared norm of every column (left, `(..., 1, n)`) or row (right, `(..., m, 1)`)."""
-    if scene.layout.side != "left":
-        return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
-    # A norm along columns strides through memory; squaring first and summing rows does not.
-    squares = torch.mul(x, x, out=scene.work.like(x))
-    energies = squares.sum(-2, keepdim=True)
-    scene.work.give_back(squares)
-    return energies
-
-
-def channel_factors(scene: Scene, inside: Tensor) -> Tensor:
-    """How much the inner optimizer rescaled every column (left) or row (right).
-
-    Args:
-        scene: the bucket.
-        inside: `channel_energies` of the coordinates.
-    """
-    scaled = channel_energies(scene.direction.value, scene).sqrt_()
-    return scaled.div_(inside.sqrt().add_(TINY))
-
-
-def tensor_factor(scene: Scene) -> Tensor:
-    """How much the inner optimizer rescaled the coordinates as a whole, `(..., 1, 1)`."""
-    dims = (-1,) if scene.layout.side == "entries" else (-2, -1)
-    scaled = torch.linalg.vector_norm(scene.direction.value, dim=dims)
-    return (scaled / (torch.linalg.vector_norm(scene.coordinates, dim=dims) + TINY))[
-        ..., None, None
-    ]
-
-
-def residual_energies(scene: Scene, inside: Tensor, share: float) -> Tensor:
-    """Squared norm of every column or row of `G - share lift(R)`, without forming it.
-
-    `||G_j||^2 - 2 share ||R_j||^2 + share^2 ||lift(R)_j||^2`, where the last norm is that of the
-    coordinates for an orthonormal basis and is weighted with the r x r Gram matrix otherwise.
-
-    Args:
-        scene: the bucket.
-        inside: `channel_energies` of the coordinates, `||R_j||^2`.
-        share: see above.
-    """
-    lifted = inside
-    if not scene.subspace.orthonormal:
-        basis = scene.subspace.dense(inside.dtype)
-        assert isinstance(basis, Tensor)
-        gram = basis.mT @ basis
-        r = scene.coordinates
-        left = scene.layout.side == "left"
-        turned = (gram @ r if left else r @ gram).mul_(r)
-        lifted = turned.sum(-2 if left else -1, keepdim=True)
-    outside = channel_energies(scene.gradient, scene)
-    return (outside - 2.0 * share * inside + share * share * lifted).clamp_(min=0.0)

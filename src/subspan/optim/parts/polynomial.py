@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -15,6 +15,7 @@ from subspan.linalg.polynomials import (
     scaled_preconditioner,
     trace,
 )
+from subspan.linalg.products import add_symmetric_product_, product
 from subspan.optim.parts.inner import Adam, Direction, Inner, Rate, check_non_negative
 from subspan.optim.parts.muon import check_steps
 from subspan.optim.parts.workspace import Workspace
@@ -143,6 +144,10 @@ class Polynomial(Inner):
             raise ValueError("curvature is given by name: pass named parameters")
         return name in self.curvature.matrices
 
+    def names(self) -> Collection[str]:
+        """Those whose curvature is given."""
+        return () if self.curvature is None else self.curvature.matrices.keys()
+
     def check(self, layout: Layout) -> None:
         """Refuse a curvature that does not fit the parameter.
 
@@ -185,7 +190,7 @@ class Polynomial(Inner):
     ) -> Direction:
         """See the class."""
         if self.curvature is None:
-            return Direction(self._own(coordinates, state["gram"], age), lr)
+            return Direction(self._own(coordinates, state["gram"], age, work), lr)
         names = list(self.curvature.matrices)
         numbers = state["curvature"]
         if len(numbers) == 1:
@@ -193,20 +198,24 @@ class Polynomial(Inner):
         rows = [self._given(names[i], row) for i, row in zip(numbers, coordinates, strict=True)]
         return Direction(torch.stack(rows), lr)
 
-    def _own(self, gradient: Tensor, gram: Tensor, age: int) -> Tensor:
+    def _own(self, gradient: Tensor, gram: Tensor, age: int, work: Workspace) -> Tensor:
         """The direction with the running average as curvature."""
-        short = gradient if gradient.shape[-2] <= gradient.shape[-1] else gradient.mT
-        gram.lerp_(short @ short.mT, 1.0 - self.beta)
+        wide = gradient.shape[-2] <= gradient.shape[-1]
+        short = gradient if wide else gradient.mT
+        add_symmetric_product_(gram, short, short.mT, alpha=1.0 - self.beta, beta=self.beta)
         weight = 1.0 - self.beta**age
         total = trace(gram) / weight
-        curvature = gram / (weight * total.sqrt().clamp_(min=torch.finfo(gram.dtype).tiny))
+        curvature = work.like(gram)
+        tiny = torch.finfo(gram.dtype).tiny
+        torch.div(gram, total.sqrt().clamp_(min=tiny).mul_(weight), out=curvature)
         mean = total.sqrt_().div_(gram.shape[-1])
         curvature.diagonal(dim1=-2, dim2=-1).add_(mean.squeeze(-1), alpha=self.damping)
         if self.form == "symmetric":
-            value = scaled_preconditioner(curvature, self.degree) @ short
-        else:
-            value = conjugate_gradients(curvature.matmul, short, self.degree + 1)
-        return value if short is gradient else value.mT
+            scratch = work.take((3, *gram.shape), gram.dtype, gram.device)
+            found, out = scaled_preconditioner(curvature, self.degree, scratch), work.like(gradient)
+            return product(found, gradient, out) if wide else product(gradient, found, out)
+        value = conjugate_gradients(curvature.matmul, short, self.degree + 1)
+        return value if wide else value.mT
 
     def _given(self, name: str, gradient: Tensor) -> Tensor:
         """The direction of one parameter with the given curvature."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -11,6 +11,13 @@ from subspan.optim.parts.inner import Direction, Inner, Rate
 from subspan.optim.parts.workspace import Workspace
 from subspan.subspaces.bases import Subspace
 from subspan.subspaces.layout import Layout
+
+
+class Change(Protocol):
+    """A change of the weights that is never formed in full size by itself."""
+
+    def add_to_(self, target: Tensor, weight: float) -> None:
+        """`target <- target + weight * change`, in place."""
 
 
 @dataclass
@@ -42,7 +49,7 @@ class Update:
     alpha: Rate = 1.0
     scale: Rate | None = None
     extra: Tensor | None = None
-    loss: MomentumLoss | None = None
+    loss: Change | None = None
     rate: Rate = 1.0
     divisor: Tensor | None = None
 
@@ -58,6 +65,8 @@ class Seen:
         subspace: the subspace that the coordinates belong to; None: they have full size.
         momentum_loss: what the lifted first moment lost when the basis changed in this step.
         refreshed: whether the stored basis has to be written.
+        norms: of the gradient, as the output asks for them (`measure`).
+        sums: the same for a normaliser that divides the update.
     """
 
     gradient: Tensor
@@ -65,6 +74,8 @@ class Seen:
     subspace: Subspace | None
     momentum_loss: MomentumLoss | None
     refreshed: bool
+    norms: Tensor | None = None
+    sums: Tensor | None = None
 
 
 @dataclass
@@ -98,6 +109,12 @@ class Scene:
     def coordinates(self) -> Tensor:
         """The projected gradient."""
         return self.seen.coordinates
+
+    @property
+    def norms(self) -> Tensor:
+        """Norms of the gradient, which the output has asked for."""
+        assert self.seen.norms is not None
+        return self.seen.norms
 
     @property
     def subspace(self) -> Subspace:

@@ -15,6 +15,9 @@ from subspan.subspaces.layout import Layout, StateDeclaration
 
 State = dict[str, Any]
 
+# Entries whose step, gradient and weight stay in the inner caches while the products are taken.
+PIECE = {"cpu": 1 << 17, "other": 1 << 22}
+
 
 @dataclass(frozen=True)
 class WatchedAdam(Inner):
@@ -94,11 +97,46 @@ class WatchedAdam(Inner):
     ) -> Direction:
         """See the class."""
         direction = self.adam.update(coordinates, state, age, lr, work)
-        value, step = direction.value, direction.step
-        state["step_along_gradient"].add_(_product(value, coordinates) * step)
-        state["step_sq"].add_(_product(value, value) * (step * step))
-        state["latest_lr"] = [float(lr)] * len(state["latest_lr"])
+        step, value, gradient = direction.step, direction.value.reshape(-1), coordinates.reshape(-1)
+        # What is updated entry by entry never comes in batches.
+        state["step_sq"].add_(torch.dot(value, value) * (step * step))
+        state["step_along_gradient"].add_(torch.dot(value, gradient) * step)
+        _note_lr(state, float(lr))
         return direction
+
+    def can_step_weights(self, age: int) -> bool:
+        """Always."""
+        return True
+
+    def step_weights(
+        self,
+        weights: list[Tensor],
+        gradients: list[Tensor],
+        states: list[State],
+        age: int,
+        lr: float,
+        weight_decay: float,
+        rate: float | None = None,
+    ) -> None:
+        """See `Inner.step_weights`; one piece after the other goes through the whole step."""
+        rate, keep = lr if rate is None else rate, 1.0 - lr * weight_decay
+        gain = keep if self.decay == "after" else 1.0
+        length = PIECE.get(weights[0].device.type, PIECE["other"])
+        scratch = weights[0].new_empty(min(length, max(w.numel() for w in weights)))
+        for weight, gradient, state in zip(weights, gradients, states, strict=True):
+            step_sq, along = state["step_sq"], state["step_along_gradient"]
+            whole = (weight, gradient, state["exp_avg"], state["exp_avg_sq"])
+            for w, g, *moments in zip(*(_flat(x).split(length) for x in whole), strict=True):
+                # Adam's step from a weight of zero is p itself.
+                p = scratch[: w.numel()].zero_()
+                own = dict(zip(("exp_avg", "exp_avg_sq"), moments, strict=True))
+                self.adam.step_weights([p], [g], [own], age, rate, 0.0)
+                step_sq += torch.dot(p, p)
+                along -= torch.dot(p, g)
+                if weight_decay:
+                    w.mul_(keep)
+                w.add_(p, alpha=gain)
+            _note_lr(state, rate)
 
     def conclude(self, states: list[State]) -> None:
         """Average the new rates, and switch where they have settled.
@@ -174,9 +212,15 @@ class ScaledMomentum(Inner):
         return Direction(work.like(coordinates).copy_(moment), step)
 
 
-def _product(x: Tensor, y: Tensor) -> Tensor:
-    """<x, y>; what is updated entry by entry never comes in batches."""
-    return torch.dot(x.reshape(-1), y.reshape(-1))
+def _flat(x: Tensor) -> Tensor:
+    """All entries in the order of memory, which is alike in weight, gradient and moments."""
+    return x.as_strided((x.numel(),), (1,))
+
+
+def _note_lr(state: State, lr: float) -> None:
+    """Keep the learning rate; states of a bucket have one for each of its parameters."""
+    several = isinstance(state["latest_lr"], list)
+    state["latest_lr"] = [lr] * len(state["latest_lr"]) if several else lr
 
 
 def _products(states: list[State]) -> list[tuple[float, float]]:

@@ -9,9 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
+from subspan.linalg.products import product
 from subspan.optim.parts.inner import Inner
+from subspan.subspaces.finder import Scratch
 from subspan.subspaces.fixed_columns import Slots
 from subspan.subspaces.layout import Side
 from subspan.subspaces.tucker import turn
@@ -35,9 +38,24 @@ class Keep:
     needs_second: ClassVar[bool] = True
 
     def apply(
-        self, inner: Inner, state: dict[str, Any], change: Change, side: Side, age: int
+        self,
+        inner: Inner,
+        state: dict[str, Any],
+        change: Change,
+        side: Side,
+        age: int,
+        scratch: Scratch = torch.empty_like,
     ) -> None:
-        """Transport the moments of one bucket in place; `age` counts the steps they have seen."""
+        """Transport the moments of one bucket in place.
+
+        Args:
+            inner: whose moments they are.
+            state: the bucket's.
+            change: from old coordinates to new ones.
+            side: on which it is multiplied.
+            age: the steps that the moments have seen.
+            scratch: where large temporaries come from.
+        """
 
 
 @dataclass(frozen=True)
@@ -65,15 +83,21 @@ class Rotate(Keep):
     moves: ClassVar[bool] = True
 
     def apply(
-        self, inner: Inner, state: dict[str, Any], change: Change, side: Side, age: int
+        self,
+        inner: Inner,
+        state: dict[str, Any],
+        change: Change,
+        side: Side,
+        age: int,
+        scratch: Scratch = torch.empty_like,
     ) -> None:
         """See the class."""
         if inner.first_moment:
             moment = state[inner.first_moment]
-            moment.copy_(_turn(moment, change, side))
+            moment.copy_(_turn(moment, change, side, scratch))
         if inner.second_moment:
             moment = state[inner.second_moment]
-            moment.copy_(_turn(moment, _squared(change), side))
+            moment.copy_(_turn(moment, _squared(change), side, scratch))
 
 
 @dataclass(frozen=True)
@@ -91,21 +115,26 @@ class ProjectionAware(Keep):
     moves: ClassVar[bool] = True
 
     def apply(
-        self, inner: Inner, state: dict[str, Any], change: Change, side: Side, age: int
+        self,
+        inner: Inner,
+        state: dict[str, Any],
+        change: Change,
+        side: Side,
+        age: int,
+        scratch: Scratch = torch.empty_like,
     ) -> None:
         """See the class."""
         if inner.first_moment is None:
             return
-        # `v - m∘m` subtracts nearly equal numbers and the update divides by its root:
-        # float64 keeps it meaningful.
-        first, second = state[inner.first_moment], inner.second_moment
-        exact, wide = first.double(), _double(change)
-        turned = _turn(exact, wide, side)
-        if second:
-            mean_scale, scale = inner.momentum_correction(age), inner.variance_correction(age)
-            spread = state[second].double().mul_(scale).sub_((exact * mean_scale).square_())
-            spread = _turn(spread, _squared(wide), side)
-            state[second].copy_(spread.add_((turned * mean_scale).square_()).abs_().div_(scale))
+        first = state[inner.first_moment]
+        turned = _turn(first, change, side, scratch)
+        if inner.second_moment:
+            second = state[inner.second_moment]
+            # Both corrections as one factor on the squared mean.
+            share = inner.momentum_correction(age) ** 2 / inner.variance_correction(age)
+            spread = second.addcmul_(first, first, value=-share)
+            spread = _turn(spread, _squared(change), side, scratch)
+            torch.abs(spread.addcmul_(turned, turned, value=share), out=second)
         first.copy_(turned)
 
 
@@ -122,12 +151,18 @@ class Reproject(Keep):
     needs_second: ClassVar[bool] = False
 
     def apply(
-        self, inner: Inner, state: dict[str, Any], change: Change, side: Side, age: int
+        self,
+        inner: Inner,
+        state: dict[str, Any],
+        change: Change,
+        side: Side,
+        age: int,
+        scratch: Scratch = torch.empty_like,
     ) -> None:
         """See the class."""
         if inner.first_moment:
             moment = state[inner.first_moment]
-            moment.copy_(_turn(moment, change, side))
+            moment.copy_(_turn(moment, change, side, scratch))
         if inner.second_moment:
             moment = state[inner.second_moment]
             moment.copy_(_turn(moment.sqrt(), change, side).square_())
@@ -147,7 +182,13 @@ class FirstBasisAware(Keep):
     moves: ClassVar[bool] = True
 
     def apply(
-        self, inner: Inner, state: dict[str, Any], change: Change, side: Side, age: int
+        self,
+        inner: Inner,
+        state: dict[str, Any],
+        change: Change,
+        side: Side,
+        age: int,
+        scratch: Scratch = torch.empty_like,
     ) -> None:
         """See the class; `change` is not used."""
         if inner.first_moment is None or inner.second_moment is None:
@@ -163,13 +204,9 @@ class FirstBasisAware(Keep):
         first.copy_(mean)
 
 
-def _double(change: Change) -> Change:
-    if isinstance(change, tuple):
-        return tuple(None if c is None else c.double() for c in change)
-    return change if isinstance(change, Slots) else change.double()
-
-
-def _turn(moment: Tensor, change: Change, side: Side) -> Tensor:
+def _turn(
+    moment: Tensor, change: Change, side: Side, scratch: Scratch = torch.empty_like
+) -> Tensor:
     if isinstance(change, tuple):
         if side == "modes":
             return turn(moment, change)
@@ -179,7 +216,9 @@ def _turn(moment: Tensor, change: Change, side: Side) -> Tensor:
     if isinstance(change, Slots):
         assert side == "left" or side == "right"
         return change.move(moment, side)
-    return change @ moment if side == "left" else moment @ change.mT
+    a, b = (change, moment) if side == "left" else (moment, change.mT)
+    fits = a.dtype == b.dtype and change.shape[-2] == change.shape[-1]
+    return product(a, b, scratch(moment)) if fits else a @ b
 
 
 def _squared(change: Change) -> Change:

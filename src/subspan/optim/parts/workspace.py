@@ -45,3 +45,8 @@ class Workspace:
     def give_back(self, tensor: Tensor) -> None:
         """Make the tensor that was taken last available again."""
         self._taken[(tensor.dtype, tensor.device)] -= 1
+
+    def trim(self) -> None:
+        """Free the buffers that are not taken, for work that needs much memory of its own."""
+        for key, buffers in self._buffers.items():
+            del buffers[self._taken.get(key, 0) :]

@@ -86,6 +86,11 @@ def GUM(
         proj_type=proj_type,
         gain=1.0 / (1.0 - q) if q is not None and q < 1.0 else 1.0,
     )
-    outside = replace(inside, complement=True, gain=1.0 / q if q else 1.0)
+    outside = replace(
+        inside,
+        inner=Muon(momentum, nesterov, ns_steps, adjust, overwrites=True),
+        complement=True,
+        gain=1.0 / q if q else 1.0,
+    )
     drawn = Sampled(update_proj_gap, share=q, number=gamma if q is None else None)
     return replace(inside, plain=Adam(adam_betas, adam_eps), activity=drawn, idle=outside)
