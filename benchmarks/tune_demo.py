@@ -20,7 +20,8 @@ from rich.table import Table
 
 from subspan.report.runs import Run, load_run
 from subspan.train.config import TrainConfig, parse
-from subspan.train.overrides import compare_config, fields
+from subspan.train.overrides import fields
+from subspan.train.race.config import compare_config
 from subspan.train.runfolder import CONFIG
 from subspan.train.yamlfile import dump_yaml, load_yaml, merge
 
@@ -31,14 +32,18 @@ def grid_run(arm: str, lr: float, plain_lr: float, options: argparse.Namespace) 
     """Configuration of one cell: the demo's arm with other learning rates, without extras."""
     name = "-".join([arm, f"lr{lr:g}", f"plain{plain_lr:g}", f"seed{options.seed}", *options.set])
     folder = options.output / name.replace("/", "_")
-    base = compare_config(options.config, {}, options.output).arm(arm).model_dump(mode="json")
+    base = (
+        compare_config(options.config, {"output": str(options.output)})
+        .arm(arm)
+        .model_dump(mode="json")
+    )
     changes = {
         "output": str(folder),
         "lr": lr,
         "plain_lr": plain_lr,
         "seed": options.seed,
         "threads": options.threads,
-        "tensorboard": False,
+        "track": [],
         "checkpoint_every": 10**9,
     }
     return parse(TrainConfig, merge(base, changes, fields({}, options.set)), name)

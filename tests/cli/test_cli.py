@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -60,7 +61,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "eval_every": 3,
         "device": "cpu",
         "threads": 1,
-        "tensorboard": False,
+        "track": [],
     }
     (folder / "train.yaml").write_text(dump_yaml(fields))
     arms = {"adamw": {"lr": 0.003}, "galore": {"rank": 4}}
@@ -155,6 +156,7 @@ def test_run_prints_its_configuration_resumes_and_refuses_others(
     assert "step 3/6: loss" in out
     assert "perplexity" in out.splitlines()[-1]
     assert json.loads((folder / "result.json").read_text())["method"] == "galore"
+    assert "validation perplexity" in (folder / "report.html").read_text()
 
     status, out, _ = run("train", "--resume", folder)
     assert status == 0
@@ -175,7 +177,7 @@ def test_comparison_ends_with_a_table_and_a_report(run: Cli, job: Path, tmp_path
     assert (status, errors) == (0, "")
     for text in ("adamw", "galore", "tokens/s", "peak", f"report: {folder / 'report.html'}"):
         assert text in out
-    assert "Same initial weights" in (folder / "report.html").read_text()
+    assert "the same initial weights" in (folder / "report.html").read_text()
     results = json.loads((folder / "results.json").read_text())
     assert list(results["arms"]) == ["adamw", "galore"]
 
@@ -210,21 +212,54 @@ def test_interrupted_run_is_one_line(
 def test_failed_arm_ends_with_its_reason_and_a_non_zero_status(
     run: Cli, job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from subspan.train import comparison
+    from subspan.train.race import execute
 
-    def killed(config: Path, errors: Path, poll: Callable[[], None]) -> int:
-        errors.write_text("")
-        return -9
+    reason = "killed by signal SIGKILL, probably for want of memory"
 
-    monkeypatch.setattr(comparison, "_run_process", killed)
+    def killed(*_: object) -> SimpleNamespace:
+        return SimpleNamespace(wait=lambda seconds: True, reason=lambda: reason)
+
+    monkeypatch.setattr(execute, "Child", killed)
     folder = tmp_path / "compare"
     status, out, errors = run(
         "compare", "--config", job / "compare.yaml", "--output", folder, "--methods", "galore"
     )
     assert status == 1
-    assert errors == "error: galore: ended by signal SIGKILL, probably for want of memory\n"
+    assert errors == f"error: galore: {reason}\n"
     assert "failed" in out
-    assert "ended by signal SIGKILL" in (folder / "report.html").read_text()
+    assert "killed by signal SIGKILL" in (folder / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_search_by_flags_ends_with_a_page_that_is_updated_in_place(
+    run: Cli, job: Path, tmp_path: Path
+) -> None:
+    folder, page = tmp_path / "compare", tmp_path / "page.md"
+    page.write_text("# Results\n\n## Comparison\n\nold\n\n## Other\n\nstays\n")
+    search = ["--set", "search.fields.lr=[0.001, 0.01]", "--set", "halving.rungs=[0.5]"]
+    status, out, errors = run(
+        *("compare", "--config", job / "compare.yaml", "--output", folder, "--methods", "galore"),
+        *(*search, "--workers", 2, "--markdown", page),
+    )
+    assert (status, errors) == (0, "")
+    assert "pruned at rung 1" in out
+    results = json.loads((folder / "results.json").read_text())
+    assert results["search"]["trials"] == 2
+    text = page.read_text()
+    assert "old" not in text
+    assert text.index("## Comparison") < text.index("| galore |") < text.index("## Other")
+    assert text.endswith("stays\n")
+
+
+def test_stopped_run_says_how_to_go_on(run: Cli, job: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    base = ["train", "--config", job / "train.yaml", "--method", "adamw", "--output", folder]
+    status, out, errors = run(*base, "--until", 3)
+    assert (status, errors) == (0, "")
+    assert "stopped at step 3 of 6; the same command without --until goes on" in out
+    assert not (folder / "result.json").exists()
+    assert run(*base)[0] == 0
+    assert (folder / "result.json").exists()
 
 
 def test_methods_and_corpora_are_listed(run: Cli) -> None:

@@ -81,7 +81,7 @@ def settings(text: Path, cache: Path, tiny: Path, tmp_path: Path) -> Callable[..
             "checkpoint_every": 4,
             "device": "cpu",
             "threads": 1,
-            "tensorboard": False,
+            "track": [],
         }
         return parse(TrainConfig, merge(base, changes), "test")
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from subspan.train.config import CompareConfig, TrainConfig, parse
+from subspan.train.config import TrainConfig, parse
 from subspan.train.errors import JobError
-from subspan.train.overrides import compare_config, fields, train_config
+from subspan.train.overrides import fields, train_config
+from subspan.train.race.config import CompareConfig, compare_config
 from subspan.train.yamlfile import dump_yaml, load_yaml, merge
 
 
@@ -69,7 +70,10 @@ def test_option_with_a_field_of_its_own_is_refused_among_method_options() -> Non
 
 def test_identity_ignores_where_a_run_is_written_and_nothing_else() -> None:
     base = TrainConfig()
-    assert base.identity() == TrainConfig(output="elsewhere", tensorboard=False).identity()
+    assert (
+        base.identity()
+        == TrainConfig(output="elsewhere", track=[], record_subspaces=True).identity()
+    )
     assert base.identity() != TrainConfig(seed=1).identity()
 
 
@@ -109,7 +113,7 @@ def test_missing_and_malformed_files_are_one_line(tmp_path: Path) -> None:
 def test_arm_takes_the_jobs_fields_and_its_own(tmp_path: Path) -> None:
     file = tmp_path / "compare.yaml"
     file.write_text("job: {plain_lr: 0.01, data: {vocab_size: 512}}\narms: {fira: {lr: 0.5}}\n")
-    config = compare_config(file, {"seed": 2}, tmp_path / "out")
+    config = compare_config(file, {"seed": 2, "output": str(tmp_path / "out")})
     arm = config.arm("fira")
     assert (arm.method, arm.lr, arm.plain_lr, arm.seed) == ("fira", 0.5, 0.01, 2)
     assert arm.output == str(tmp_path / "out" / "fira")
@@ -123,7 +127,7 @@ def test_output_of_an_arm_is_refused() -> None:
 @pytest.mark.parametrize("name", ["demo.yaml", "demo-short.yaml"])
 def test_shipped_configurations_are_valid_and_equal_but_for_the_method(name: str) -> None:
     file = Path(__file__).parents[2] / "configs" / name
-    config = compare_config(file, {}, None)
+    config = compare_config(file, {})
     arms = [config.arm(arm) for arm in config.arms]
     assert [arm.method for arm in arms] == ["adamw", "galore", "fira"]
     shared = {(a.plain_lr, a.betas, a.eps, a.weight_decay, a.total_steps, a.seed) for a in arms}

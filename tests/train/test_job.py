@@ -62,7 +62,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
 def test_run_folder_holds_everything_that_is_promised(settings: Settings) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    config = settings(tensorboard=True)
+    config = settings(track=["tensorboard"])
     result = run_job(config)
     folder = Path(config.output)
     assert result == json.loads((folder / "result.json").read_text())
@@ -179,7 +179,7 @@ def test_finished_run_says_so_and_is_not_run_again(
 ) -> None:
     config = settings()
     result = run_job(config)
-    monkeypatch.setattr(job, "_prepare", None)  # A second training would fail.
+    monkeypatch.setattr(job, "prepare", None)  # A second training would fail.
     assert run_job(config) == result
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -16,31 +18,50 @@ def compare(
         str | None, typer.Option("--methods", help="Arms to run, separated by commas.")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", help="Folder.")] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", help="Runs at the same time; they share the cores.")
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray", metavar="ADDRESS", help="Run on a Ray cluster; `local` starts one here."
+        ),
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option("--markdown", help="Also write the table into this page.")
+    ] = None,
     setting: Setting = None,
     quiet: Quiet = False,
 ) -> None:
-    """Run several methods on the same job, one after the other; write a table and report.html."""
-    from subspan.report import build_report, load_runs
-    from subspan.report.terminal import failures, results_table
-    from subspan.train.comparison import compare as run
-    from subspan.train.comparison import plan_arms
+    """Run several methods on the same job, each run in a process; write a table and report.html.
+
+    The same command goes on with a comparison that was interrupted.
+    """
+    from subspan.report import build_report
+    from subspan.report.standings import failures, standings, write_section
+    from subspan.report.standings import markdown as section
     from subspan.train.files import write_text
-    from subspan.train.overrides import compare_config, fields
-    from subspan.train.watch import ConsoleWatcher
+    from subspan.train.overrides import fields
+    from subspan.train.race.config import compare_config
+    from subspan.train.race.race import compare as run
+    from subspan.train.race.watch import ConsoleWatcher
     from subspan.train.yamlfile import dump_yaml
 
-    resolved = compare_config(config, fields({}, setting or ()), output)
+    given = {"output": output and str(output), "workers": workers, "ray": ray}
+    flags = {name: value for name, value in given.items() if value is not None}
+    resolved = compare_config(config, fields({}, setting or ()) | flags)
     names = [name.strip() for name in methods.split(",")] if methods else None
-    arms = plan_arms(resolved, names)
     out = console(quiet)
     out.print(dump_yaml(resolved.model_dump(mode="json")), highlight=False, markup=False)
-    with ConsoleWatcher(out, arms) as watcher:
-        run(resolved, names, watcher)
+    with ConsoleWatcher(out) as watcher:
+        results = run(resolved, names, watcher)
     folder = Path(resolved.output)
-    title, runs = load_runs([folder])
     write_text(folder / "report.html", build_report([folder]))
-    out.print(results_table(runs, title))
+    out.print(standings(results))
     out.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
-    failed = failures(runs)
+    if markdown is not None:
+        command = shlex.join(["subspan", *sys.argv[1:]])
+        write_section(markdown, section(results, folder, command))
+    failed = failures(results)
     if failed:
         fail("; ".join(failed), status=1)

@@ -10,7 +10,7 @@ import typer
 from subspan.cli.common import ConfigFile, Quiet, Setting, console
 from subspan.train import flags
 
-_NOT_FIELDS = ("config", "resume", "setting", "quiet")
+_NOT_FIELDS = ("config", "resume", "until", "setting", "quiet")
 
 
 def train(
@@ -19,6 +19,10 @@ def train(
     output: Annotated[Path | None, typer.Option("--output", help="Run folder.")] = None,
     resume: Annotated[
         Path | None, typer.Option("--resume", help="Go on with the run in this folder.")
+    ] = None,
+    until: Annotated[
+        int | None,
+        typer.Option("--until", min=1, help="Stop after this step; later the run goes on."),
     ] = None,
     setting: Setting = None,
     quiet: Quiet = False,
@@ -50,9 +54,12 @@ def train(
     device: flags.Device = None,
     threads: flags.Threads = None,
     compile_model: flags.Compile = None,
-    tensorboard: flags.TensorBoard = None,
+    track: flags.Track = None,
+    record_subspaces: flags.RecordSubspaces = None,
 ) -> None:
     """Train one model with one method; the same command goes on with an interrupted run."""
+    from subspan.report import build_report
+    from subspan.train.files import write_text
     from subspan.train.job import run_job
     from subspan.train.overrides import fields, train_config
     from subspan.train.yamlfile import dump_yaml
@@ -62,7 +69,16 @@ def train(
     resolved = train_config(config, fields(given, setting or ()), resume)
     out = console(quiet)
     out.print(dump_yaml(resolved.model_dump(mode="json")), highlight=False, markup=False)
-    result = run_job(resolved, out)
+    result = run_job(resolved, out, until)
+    if result is None:
+        out.print(
+            f"stopped at step {until} of {resolved.total_steps}; the same command without --until "
+            "goes on",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return
+    write_text(Path(resolved.output) / "report.html", build_report([resolved.output]))
     out.print(
         f"validation loss {result['validation_loss']:.4f}, perplexity {result['perplexity']:.2f}; "
         f"everything is in {resolved.output}",

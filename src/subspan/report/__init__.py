@@ -1,8 +1,9 @@
-"""Reports of finished runs: one self-contained HTML file, and a table for the terminal."""
+"""Reports of runs and comparisons: one self-contained HTML file, and tables for the terminal."""
 
 from __future__ import annotations
 
-from subspan.report.page import build_report
-from subspan.report.runs import Run, load_run, load_runs
+from subspan.report.loading import Arm, Report, load
+from subspan.report.page import build_report, render
+from subspan.report.runs import Run, load_run
 
-__all__ = ["Run", "build_report", "load_run", "load_runs"]
+__all__ = ["Arm", "Report", "Run", "build_report", "load", "load_run", "render"]

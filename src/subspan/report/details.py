@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from subspan.report.runs import Run
+from subspan.report.loading import Report
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -33,9 +32,16 @@ def _pairs(values: dict[str, Any]) -> str:
     return f'<div class="scroll"><table class="plain"><tbody>{"".join(rows)}</tbody></table></div>'
 
 
-def configuration(runs: Sequence[Run]) -> str:
-    """What differs between the runs as a table, and below it what they share."""
-    configs = {run.name: flatten(run.config.identity()) for run in runs if run.config is not None}
+def configuration(report: Report) -> str:
+    """What differs between the arms as a table, and below it what they share."""
+    configs = {}
+    for arm in report.arms:
+        known = [run.config for run in arm.runs if run.config is not None]
+        if known:
+            seeds = [config.seed for config in known]
+            configs[arm.name] = flatten(
+                known[0].identity() | {"seed": seeds if len(seeds) > 1 else seeds[0]}
+            )
     if not configs:
         return ""
     keys = list(dict.fromkeys(key for config in configs.values() for key in config))
@@ -65,9 +71,9 @@ def configuration(runs: Sequence[Run]) -> str:
     return "".join(parts)
 
 
-def software(runs: Sequence[Run]) -> str:
+def software(report: Report) -> str:
     """Versions, kind of machine and input hashes of the first finished run."""
-    result = next((run.result for run in runs if run.result), None)
+    result = next((run.result for run in report.runs if run.result), None)
     if result is None:
         return ""
     machine = flatten(result["machine"])

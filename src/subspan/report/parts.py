@@ -1,187 +1,218 @@
-"""Sections of the report about results: heading, cards, charts, bars, table."""
+"""Sections of the page about results: heading, problems, cards, legend, places of the charts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from html import escape
 from typing import Any
 
-from subspan.report.runs import Run
+from subspan.report.heat import MEASURES
+from subspan.report.loading import Arm, Report
+from subspan.report.series import has_curves
+from subspan.report.standings import how
 from subspan.report.words import bytes_text, change_text, count_text, seconds_text
-from subspan.train.comparison import same_inputs
 
-Colours = Mapping[str, str]
-
-
-def finished(runs: Sequence[Run]) -> list[tuple[Run, dict[str, Any]]]:
-    """Finished runs with their results."""
-    return [(run, run.result) for run in runs if run.result is not None]
+FEW = 6
+"""Up to so many arms each have a card of their own."""
 
 
-def lead(runs: Sequence[Run]) -> str:
-    """What was trained on what, and whether the runs can be compared."""
-    done = finished(runs)
-    if not done or done[0][0].config is None:
-        return '<p class="lead">No run is finished yet.</p>'
-    config, result = done[0][0].config, done[0][1]
-    inputs = result["inputs"]
-    corpus = config.data.corpus
-    facts = [
-        f"{config.model}, {count_text(inputs['parameters'])} parameters",
-        f"text: {corpus if isinstance(corpus, str) else ', '.join(corpus)}",
-        f"{count_text(result['tokens'])} tokens in {result['steps']} steps"
-        + (" each" if len(done) > 1 else ""),
-    ]
-    parts = [f'<p class="lead">{escape(" · ".join(facts))}</p>']
-    if len(done) > 1:
-        if same_inputs([each for _, each in done]):
-            first = escape(done[0][0].name)
-            parts.append(
-                '<p class="note">Same initial weights and text in every run. '
-                f"Changes are against {first}.</p>"
-            )
-        else:
-            parts.append(
-                '<p class="note warning">The runs differ in initial weights or text, so their '
-                "losses cannot be compared.</p>"
-            )
-    return "".join(parts)
+def lead(report: Report) -> str:
+    """What was trained on what, whether the runs can be compared, and what could not be read."""
+    done = [(run.config, run.result) for run in report.runs if run.result and run.config]
+    parts = []
+    if not done:
+        parts.append('<p class="lead">No run is finished yet.</p>')
+    else:
+        config, result = done[0]
+        corpus = config.data.corpus
+        facts = [
+            f"{config.model}, {count_text(result['inputs'].get('parameters', 0))} parameters",
+            f"text: {corpus if isinstance(corpus, str) else ', '.join(corpus)}",
+            f"{count_text(result['tokens'])} tokens in {result['steps']} steps"
+            + (" each" if len(done) > 1 else ""),
+        ]
+        parts.append(f'<p class="lead">{escape(" · ".join(facts))}</p>')
+    for results in report.races.values():
+        parts.append(f'<p class="note">{escape(how(results))}</p>')
+    if report.comparable is False:
+        parts.append(
+            '<p class="note warning">The runs differ in initial weights, text or order of data, so '
+            "their losses cannot be compared.</p>"
+        )
+    elif report.comparable and len(report.arms) > 1:
+        same = "" if report.races else "Same initial weights and text in every run. "
+        first = next(arm.name for arm in report.arms if arm.mean)
+        parts.append(f'<p class="note">{same}Changes are against {escape(first)}.</p>')
+    return "".join(parts) + problems(report)
 
 
-def _change(value: float, reference: float, *, steady: float = 0.0005) -> str:
+def problems(report: Report) -> str:
+    """One line for everything that could not be read."""
+    if not report.problems:
+        return ""
+    items = "".join(f"<li>{escape(problem)}</li>" for problem in report.problems)
+    return (
+        '<section class="card problems" aria-label="Problems"><h2>Not all could be read</h2>'
+        f"<ul>{items}</ul></section>"
+    )
+
+
+def change(value: float, reference: float, *, steady: float = 0.0005) -> str:
+    """The difference in percent, marked as better or worse."""
     kind = "better" if value < reference * (1 - steady) else "worse"
     if abs(value / reference - 1) < steady:
         kind = ""
     return f'<span class="change {kind}">{change_text(value, reference)}</span>'
 
 
-def method_cards(runs: Sequence[Run], colours: Colours) -> str:
-    """One card for each finished run: perplexity in large figures, then what it cost."""
-    done = finished(runs)
-    cards = []
-    for run, result in done:
-        first, reference = run is done[0][0], done[0][1]
-        total, base = result["state_bytes"]["total"], reference["state_bytes"]["total"]
-        change = "" if first else _change(result["perplexity"], reference["perplexity"])
-        share = "" if first or not base else f" {_change(total, base)}"
+def with_spread(arm: Arm, name: str, text: Callable[[float], str]) -> str:
+    """Mean ± sample standard deviation."""
+    assert arm.mean is not None
+    spread = f' <span class="pm">± {text(arm.spread[name])}</span>' if arm.spread else ""
+    return text(arm.mean[name]) + spread
+
+
+def cards(report: Report) -> str:
+    """Perplexity in large figures: a card for each arm, or the best of many."""
+    done = [(index, arm) for index, arm in enumerate(report.arms) if arm.mean]
+    if not done:
+        return ""
+    if len(done) == 1:
+        return _tiles(done[0][1])
+    if len(done) > FEW:
+        return _best(done)
+    reference = done[0][1].mean
+    assert reference is not None
+    found = []
+    for index, arm in done:
+        assert arm.mean is not None
+        first = arm.mean is reference
+        total, base = arm.mean["state_bytes"], reference["state_bytes"]
+        share = "" if first or not base else f" {change(total, base)}"
         rows = {
             "optimizer state": bytes_text(total) + share,
-            "tokens / s": f"{result['tokens_per_second']:,.0f}",
-            "training time": seconds_text(result["seconds"]),
+            "tokens / s": f"{arm.mean['tokens_per_second']:,.0f}",
+            "training time": seconds_text(arm.mean["seconds"]),
         }
-        cards.append(
-            f'<section class="card method" style="--c:{colours[run.name]}">'
-            f"<h2><span>{escape(run.name)}</span>{change}</h2>"
-            f'<p class="big">{result["perplexity"]:.2f}</p>'
-            '<p class="note">validation perplexity</p><dl>'
+        shown = "" if first else change(arm.mean["perplexity"], reference["perplexity"])
+        found.append(
+            f'<section class="card method" style="--c:var(--c{index % 8})" data-arm="{index}">'
+            f"<h2><span>{escape(arm.name)}</span>{shown}</h2>"
+            f'<p class="big">{with_spread(arm, "perplexity", "{:.2f}".format)}</p>'
+            f'<p class="note">validation perplexity{_over(arm)}</p><dl>'
             + "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in rows.items())
             + "</dl></section>"
         )
-    return f'<div class="methods">{"".join(cards)}</div>' if cards else ""
+    return f'<div class="methods">{"".join(found)}</div>'
 
 
-def _chart(title: str, note: str, x: str) -> str:
+def _over(arm: Arm) -> str:
+    return f", {arm.seeds} seeds" if arm.seeds > 1 else ""
+
+
+def _tile(value: str, label: str, note: str = "") -> str:
+    below = f'<p class="note">{note}</p>' if note else ""
+    return f'<div class="card tile"><p class="big">{value}</p><p>{label}</p>{below}</div>'
+
+
+def _tiles(arm: Arm) -> str:
+    mean: Mapping[str, Any] = arm.mean or {}
+    tiles = [
+        _tile(with_spread(arm, "perplexity", "{:.2f}".format), "validation perplexity"),
+        _tile(with_spread(arm, "validation_loss", "{:.3f}".format), "validation loss"),
+        _tile(bytes_text(mean["state_bytes"]), "optimizer state"),
+        _tile(bytes_text(mean["peak_memory_bytes"]), "peak memory"),
+        _tile(f"{mean['tokens_per_second']:,.0f}", "tokens / s"),
+        _tile(seconds_text(mean["seconds"]), "training time"),
+    ]
+    return f'<div class="tiles">{"".join(tiles)}</div>'
+
+
+def _best(done: list[tuple[int, Arm]]) -> str:
+    """Who is first in what matters most, where there are too many arms for a card each."""
+
+    def tile(name: str, label: str, text: Callable[[float], str], most: bool = False) -> str:
+        values = {arm.name: arm.mean[name] for _, arm in done if arm.mean}
+        best = (max if most else min)(values.values())
+        who = [arm for arm, value in values.items() if value == best]
+        note = who[0] if len(who) == 1 else f"{who[0]} and {len(who) - 1} more"
+        return _tile(text(best), label, escape(note))
+
+    return (
+        '<div class="tiles">'
+        + tile("perplexity", "lowest perplexity", "{:.2f}".format)
+        + tile("state_bytes", "smallest optimizer state", bytes_text)
+        + tile("peak_memory_bytes", "smallest peak memory", bytes_text)
+        + tile("tokens_per_second", "most tokens / s", "{:,.0f}".format, most=True)
+        + "</div>"
+    )
+
+
+def legend(report: Report) -> str:
+    """Buttons that highlight an arm in all charts and tables."""
+    if len(report.arms) < 2 or not has_curves(report):
+        return ""
+    tried = {trial.arm for trial in report.trials}
+    buttons = "".join(
+        f'<button type="button" data-arm="{index}" aria-pressed="false" '
+        f'style="--c:var(--c{index % 8})"><span class="key"></span>{escape(arm.name)}</button>'
+        for index, arm in enumerate(report.arms)
+        if arm.mean or arm.name in tried or any(run.lines for run in arm.runs)
+    )
+    return f'<div class="legend" role="group" aria-label="Highlight a run">{buttons}</div>'
+
+
+def chart(title: str, note: str, x: str) -> str:
+    """The place of a chart that the script draws."""
     return (
         f'<section class="card"><h2>{title}</h2><p class="note">{note}</p>'
         f'<div class="chart" data-x="{x}" data-label="{title}"></div></section>'
     )
 
 
-def charts(runs: Sequence[Run], colours: Colours) -> str:
-    """Places of the curves, which the script draws, and the bars of state bytes."""
-    if not any("validation_loss" in line for run in runs for line in run.lines):
-        return ""
-    thin = "thick: validation, thin: training"
-    parts = [
-        _chart("Loss against tokens", thin, "tokens"),
-        _chart(
-            "Loss against time",
-            "without evaluation and saving; a busy machine slows a run",
-            "seconds",
-        ),
-    ]
-    if finished(runs):
-        parts += [
-            _chart("Loss against memory", "towards the lower left is better", "bytes"),
-            state_bars(runs, colours),
+def charts(report: Report) -> list[str]:
+    """Places of the loss curves and of what follows from them."""
+    found = []
+    if has_curves(report):
+        lines = "thick: validation, thin: training"
+        if report.seeded:
+            lines += "; mean over seeds, band: one standard deviation"
+        found += [
+            chart("Loss against tokens", lines, "tokens"),
+            chart(
+                "Loss against time",
+                "without evaluation and saving; a busy machine slows a run",
+                "seconds",
+            ),
         ]
-    return f'<div class="charts">{"".join(parts)}</div>'
+    if len([arm for arm in report.arms if arm.mean]) > 1:
+        found.append(chart("Loss against memory", "towards the lower left is better", "bytes"))
+    if report.searched:
+        note = "final loss of each trial; ring: chosen, hollow: pruned early, cross: failed"
+        found.append(chart("Learning-rate sensitivity", note, "lr"))
+    if report.seeded:
+        note = "bar: mean and one standard deviation; circles: seeds"
+        found.append(chart("Spread over seeds", note, "loss"))
+    return found
 
 
-def state_bars(runs: Sequence[Run], colours: Colours) -> str:
-    """Optimizer state of every finished run as a bar, divided by kind."""
-    done = finished(runs)
-    kinds = list(dict.fromkeys(k for _, result in done for k in result["state_bytes"]))
-    kinds.remove("total")
-    kinds = [k for k in kinds if any(result["state_bytes"].get(k) for _, result in done)]
-    shade = {kind: 1 - 0.75 * i / max(1, len(kinds) - 1) for i, kind in enumerate(kinds)}
-    largest = max(result["state_bytes"]["total"] for _, result in done) or 1
-    rows = []
-    for run, result in done:
-        counted = result["state_bytes"]
-        spans = "".join(
-            f'<span style="width:{100 * counted[kind] / largest:.3f}%;opacity:{shade[kind]:.2f}" '
-            f'title="{escape(kind)}: {bytes_text(counted[kind])}"></span>'
-            for kind in kinds
-            if counted.get(kind)
-        )
-        rows.append(
-            f'<div class="bar" style="--c:{colours[run.name]}"><div class="label">'
-            f"<b>{escape(run.name)}</b><span>{bytes_text(counted['total'])}</span></div>"
-            f'<div class="track">{spans}</div></div>'
-        )
-    keys = "".join(
-        f'<span style="--o:{shade[kind]:.2f}">{escape(kind.replace("_", " "))}</span>'
-        for kind in kinds
+def subspaces(heat: Mapping[str, Any] | None) -> str:
+    """Places of the heatmaps."""
+    if heat is None:
+        return ""
+    options = "".join(f"<option>{escape(run['name'])}</option>" for run in heat["runs"])
+    choice = f'<label>Run <select autocomplete="off">{options}</select></label>'
+    figures = "".join(
+        f'<figure data-measure="{measure}"><figcaption><b>{heading}</b>'
+        f'<span class="note">{note}</span></figcaption>'
+        f'<div class="scale" aria-hidden="true"><span></span><i></i><span></span></div>'
+        '<div class="map"><canvas role="img"></canvas></div>'
+        f'<p class="note summary">{escape(heat["runs"][0]["notes"][measure])}</p></figure>'
+        for measure, (heading, note, _) in MEASURES.items()
     )
     return (
-        '<section class="card"><h2>Optimizer state</h2>'
-        '<p class="note">bytes of the tensors that live between two steps</p>'
-        f'<div class="bars">{"".join(rows)}</div><div class="keys">{keys}</div></section>'
+        '<section class="card wide" id="heat"><div class="head"><h2>Subspaces by layer</h2>'
+        f"{choice if len(heat['runs']) > 1 else ''}</div>"
+        '<p class="note">a row for each layer, first layer on top, at the refreshes that were '
+        f'recorded</p><div class="panels">{figures}</div></section>'
     )
-
-
-def results(runs: Sequence[Run], colours: Colours) -> str:
-    """The table that a click on a column head sorts."""
-    done = finished(runs)
-    reference = done[0][1] if done else None
-    columns = [
-        *("method", "validation loss", "perplexity", "change", "optimizer state"),
-        *("peak memory", "tokens / s", "seconds", "optimizer share"),
-    ]
-    head = "".join(f'<th scope="col"><button type="button">{c}</button></th>' for c in columns)
-    rows = []
-    for run in runs:
-        name = f'<span class="dot"></span>{escape(run.name)}'
-        cells = [(name, run.name)]
-        if run.result is None or reference is None:
-            reason = escape(run.reason or "no result")
-            tail = f'<td class="reason" colspan="{len(columns) - 1}">{reason}</td>'
-        else:
-            cells += _numbers(run.result, reference)
-            tail = ""
-        row = "".join(f'<td data-value="{escape(str(v))}">{text}</td>' for text, v in cells)
-        rows.append(f'<tr style="--c:{colours[run.name]}">{row}{tail}</tr>')
-    return (
-        '<section class="card wide"><h2>Results</h2><div class="scroll"><table id="results">'
-        f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></section>"
-    )
-
-
-def _numbers(result: dict[str, Any], reference: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Text and sorting value of each cell after the name."""
-    loss, perplexity = result["validation_loss"], result["perplexity"]
-    state, peak = result["state_bytes"]["total"], result["peak_memory_bytes"]["process"]
-    speed, seconds = result["tokens_per_second"], result["seconds"]
-    share = result["optimizer_seconds"] / seconds if seconds else 0.0
-    change = "" if result is reference else _change(perplexity, reference["perplexity"])
-    return [
-        (f"{loss:.4f}", loss),
-        (f"{perplexity:.2f}", perplexity),
-        (change or "—", perplexity / reference["perplexity"]),
-        (bytes_text(state), state),
-        (bytes_text(peak), peak),
-        (f"{speed:,.0f}", speed),
-        (f"{seconds:,.1f}", seconds),
-        (f"{share:.1%}".replace("%", " %"), share),
-    ]

@@ -1,19 +1,52 @@
-"""Reading run folders for a report; nothing here writes or needs torch."""
+"""One run folder as a report sees it; nothing here writes or needs torch."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from subspan.train import runfolder
-from subspan.train.config import TrainConfig
+from subspan.train.config import DataConfig, TrainConfig
 from subspan.train.errors import JobError
-from subspan.train.metrics import Line, read_metrics
+from subspan.train.metrics import Line
+from subspan.train.yamlfile import load_yaml
 
-COMPARISON = "results.json"
+# As in subspan.train.recorder, which needs torch.
+SUBSPACES = "subspaces.jsonl"
+
+State = Literal["finished", "stopped", "failed", "running", "waiting", "unreadable"]
+
+
+class _Memory(TypedDict):
+    process: float
+
+
+class _Result(TypedDict):
+    """The fields of result.json that a report reads; there may be more."""
+
+    method: str
+    steps: int
+    tokens: float
+    validation_loss: float
+    perplexity: float
+    seconds: float
+    optimizer_seconds: float
+    tokens_per_second: float
+    state_bytes: dict[str, float]
+    inputs: dict[str, Any]
+    versions: dict[str, str]
+    machine: dict[str, Any]
+    peak_memory_bytes: _Memory
+
+
+_SCHEMA = TypeAdapter(_Result)
 
 
 @dataclass(frozen=True)
@@ -22,10 +55,15 @@ class Run:
 
     Attributes:
         name: shown in the report.
-        config: its configuration; none when the run failed before it began.
+        config: its configuration; none when it cannot be read, or the run failed before it began.
         result: result.json of a finished run, else none.
         lines: metrics lines.
         reason: why it has no result.
+        state: what became of it.
+        subspaces: lines of the recorder.
+        arm, trial, settings, seed: its place in a comparison.
+        steps, loss: how far it came, and the last validation loss.
+        problem: what could not be read, in one line.
     """
 
     name: str
@@ -33,6 +71,15 @@ class Run:
     result: dict[str, Any] | None
     lines: tuple[Line, ...] = ()
     reason: str | None = None
+    state: State = "finished"
+    subspaces: tuple[Line, ...] = ()
+    arm: str = ""
+    trial: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    steps: int = 0
+    loss: float | None = None
+    problem: str | None = None
 
     @property
     def state_bytes(self) -> int | None:
@@ -41,50 +88,135 @@ class Run:
 
 
 def load_run(folder: Path, name: str | None = None, reason: str | None = None) -> Run:
-    """Read one run folder.
+    """Read one run folder; what is damaged in it is left out and told in `problem`.
 
     Raises:
-        JobError: the folder holds no run, or a damaged one.
+        JobError: there is no run, or no more of it than a name.
     """
-    config = runfolder.read_config(folder)
-    result = runfolder.read_result(folder)
-    lines = tuple(read_metrics(folder / runfolder.METRICS))
-    if result is None and reason is None:
-        last = lines[-1]["step"] if lines else 0
-        reason = f"not finished: step {last} of {config.total_steps}"
-    return Run(name or folder.name, config, result, lines, reason)
-
-
-def load_runs(folders: Sequence[Path]) -> tuple[str | None, list[Run]]:
-    """Title (of a comparison) and runs of run folders and comparison folders, in order.
-
-    Raises:
-        JobError: a folder holds neither, or no folder is given.
-    """
-    title = None
-    runs: list[Run] = []
-    for folder in folders:
-        if (folder / COMPARISON).is_file():
-            about = _read_comparison(folder)
-            title = title or about["title"]
-            for name, arm in about["arms"].items():
-                reason = arm.get("failed")
-                if (folder / name / runfolder.CONFIG).is_file():
-                    runs.append(load_run(folder / name, name, reason))
-                else:
-                    runs.append(Run(name, None, None, (), reason))
-        else:
-            runs.append(load_run(folder))
-    if not runs:
-        raise JobError("no run to report on; give run folders or the folder of a comparison")
-    return title, runs
-
-
-def _read_comparison(folder: Path) -> dict[str, Any]:
-    path = folder / COMPARISON
+    if not folder.exists():
+        raise JobError(f"folder {folder} holds no run: it does not exist")
+    problems: list[str] = []
+    config = read_config(folder)
+    result = None
     try:
-        about: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        about["title"], about["arms"].items()
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise JobError(f"{path} is damaged; run the comparison again to write it anew") from None
-    return about
+        result = read_result(folder)
+    except JobError as error:
+        problems.append(str(error))
+    lines = read_lines(folder / runfolder.METRICS, _is_metric, problems)
+    subspaces = read_lines(folder / SUBSPACES, _is_subspace, problems)
+    losses = [line["validation_loss"] for line in lines if "validation_loss" in line]
+    steps = lines[-1]["step"] if lines else 0
+    state: State = "finished"
+    if result is None:
+        state = "unreadable" if problems else "stopped"
+        reason = reason or (
+            problems[0] if problems else f"not finished: step {steps} of {config.total_steps}"
+        )
+    return Run(
+        name=name or folder.resolve().name,
+        config=config,
+        result=result,
+        lines=tuple(lines),
+        reason=reason if result is None else None,
+        state=state,
+        subspaces=tuple(subspaces),
+        seed=config.seed,
+        steps=steps,
+        loss=result["validation_loss"] if result else (losses[-1] if losses else None),
+        problem=problems[0] if problems else None,
+    )
+
+
+def read_config(folder: Path) -> TrainConfig:
+    """Configuration of the run in `folder`.
+
+    Raises:
+        JobError: there is none, it is of another version or another program.
+    """
+    path = folder / runfolder.CONFIG
+    if path.is_file():
+        values = load_yaml(path)
+        known = TrainConfig.model_fields.keys()
+        data = values.get("data")
+        unknown = [key for key in values if key not in known]
+        if isinstance(data, dict):
+            unknown += [f"data.{key}" for key in data if key not in DataConfig.model_fields]
+        if "arms" in values:
+            raise JobError(f"folder {folder} is a comparison that has not begun")
+        if values and not values.keys() & {"method", "model", "data"}:
+            raise JobError(f"folder {folder} holds no run: {path.name} is of another program")
+        if unknown:
+            raise JobError(
+                f"{path} is of another version of subspan ({', '.join(map(str, unknown[:3]))} is "
+                "not known here)"
+            )
+    return runfolder.read_config(folder)
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """result.json of a finished run; none when the run is not finished.
+
+    Raises:
+        JobError: the file is damaged or of another version.
+    """
+    path = folder / runfolder.RESULT
+    try:
+        result = runfolder.read_result(folder)
+        if result is not None:
+            _SCHEMA.validate_python(result)
+            if "total" not in result["state_bytes"]:
+                raise JobError(f"{path} is of another version of subspan (state_bytes.total)")
+    except UnicodeDecodeError:
+        raise JobError(f"{path} is damaged: it is no text") from None
+    except ValidationError as error:
+        place = ".".join(str(part) for part in error.errors()[0]["loc"])
+        where = f" ({place} is missing or of another kind)" if place else ""
+        raise JobError(f"{path} is of another version of subspan{where}") from None
+    return result
+
+
+def read_lines(path: Path, allowed: Any, problems: list[str]) -> list[Line]:
+    """Lines of a file of JSON lines up to the first that is damaged.
+
+    A last line that a crash cut short is no problem; any other is told in `problems`.
+    """
+    if not path.is_file():
+        return []
+    texts = path.read_bytes().decode("utf-8", errors="replace").splitlines()
+    lines: list[Line] = []
+    for number, text in enumerate(texts, start=1):
+        try:
+            line = json.loads(text)
+        except ValueError:
+            line = None
+        if not allowed(line):
+            if number < len(texts) or line is not None:
+                problems.append(
+                    f"{path} is damaged from line {number} on; the lines before are used"
+                )
+            break
+        lines.append(line)
+    return lines
+
+
+def _numbers(line: Any, names: Iterable[str]) -> bool:
+    """Whether the line has all of these, as finite numbers."""
+    return isinstance(line, dict) and all(
+        isinstance(line.get(name), int | float) and math.isfinite(line[name]) for name in names
+    )
+
+
+def _is_metric(line: Any) -> bool:
+    return _numbers(line, ("step", "tokens", "seconds")) and (
+        _numbers(line, ("loss",)) or _numbers(line, ("validation_loss",))
+    )
+
+
+def _is_subspace(line: Any) -> bool:
+    names = ("overlap", "energy", "effective_rank")
+    return (
+        _numbers(line, ("step", "rank"))
+        and isinstance(line.get("name"), str)
+        and isinstance(line.get("shape"), list)
+        and all(line.get(name) is None or _numbers(line, (name,)) for name in names)
+    )

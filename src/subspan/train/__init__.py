@@ -9,13 +9,13 @@ from importlib import import_module
 from typing import Any
 
 _EXPORTS = {
-    "CompareConfig": "subspan.train.config",
+    "CompareConfig": "subspan.train.race.config",
     "DataConfig": "subspan.train.config",
     "JobError": "subspan.train.errors",
     "SubspanTrainer": "subspan.train.trainer",
     "TrainConfig": "subspan.train.config",
     "build_model": "subspan.train.model",
-    "compare": "subspan.train.comparison",
+    "compare": "subspan.train.race.race",
     "optimizer_cls_and_kwargs": "subspan.train.trainer",
     "prepare_data": "subspan.train.data",
     "run_job": "subspan.train.job",

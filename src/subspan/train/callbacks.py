@@ -1,4 +1,4 @@
-"""What watches a run: metrics as JSON lines, TensorBoard, progress."""
+"""What writes the numbers of a run: metrics as JSON lines."""
 
 from __future__ import annotations
 
@@ -109,24 +109,3 @@ class Metrics(TrainerCallback):
         self._file.flush()
         for listener in self._listeners:
             listener(line)
-
-
-class TensorBoard:
-    """Writes the metrics lines as TensorBoard events; the step is the optimizer step."""
-
-    def __init__(self, folder: Path, first_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
-
-    def add(self, line: Line) -> None:
-        """Add one metrics line."""
-        for name in ("loss", "lr", "grad_norm", "validation_loss", "perplexity"):
-            if name in line:
-                group = "validation" if "validation_loss" in line else "train"
-                tag = f"{group}/{name.removeprefix('validation_')}"
-                self._writer.add_scalar(tag, line[name], line["step"])
-
-    def close(self) -> None:
-        """Write what is buffered and close the event file."""
-        self._writer.close()

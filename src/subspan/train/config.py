@@ -8,13 +8,12 @@ update: `lr` belongs to the matrices that the method projects, `plain_lr` to eve
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from subspan.train.errors import JobError
-from subspan.train.yamlfile import merge
+from subspan.train.tracking import TrackerName
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -127,7 +126,10 @@ class TrainConfig(Section):
     """Threads of one operation on the CPU; results are reproducible for a fixed number."""
     compile: bool = False
     """Compile the model with torch.compile."""
-    tensorboard: bool = True
+    track: list[TrackerName] = ["tensorboard"]
+    """Where the numbers go besides the run folder: tensorboard, wandb, trackio."""
+    record_subspaces: bool = False
+    """Write overlap, captured energy and effective rank at refreshes to subspaces.jsonl."""
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
@@ -191,34 +193,10 @@ class TrainConfig(Section):
     def identity(self) -> dict[str, Any]:
         """The part of the configuration that decides the result of the run."""
         values = self.model_dump(mode="json")
-        for name in ("output", "tensorboard", "keep_checkpoints"):
+        for name in ("output", "track", "record_subspaces", "keep_checkpoints"):
             values.pop(name)
         values["data"].pop("cache")
         return values
-
-
-class CompareConfig(Section):
-    """The same job for several methods: shared fields, and per arm what differs."""
-
-    output: str = "runs/compare"
-    """Folder of the comparison; each arm's run folder lies in it."""
-    title: str = "Comparison"
-    job: dict[str, Any] = {}
-    """Fields of every arm's run."""
-    arms: dict[str, dict[str, Any]] = {}
-    """Arm name -> fields that differ; `method` is the arm's name unless given."""
-
-    def arm(self, name: str) -> TrainConfig:
-        """Configuration of one arm.
-
-        Raises:
-            JobError: a field is unknown or has a value that is not allowed.
-        """
-        values = merge(self.job, {"method": name}, self.arms.get(name, {}))
-        if "output" in self.job or "output" in self.arms.get(name, {}):
-            raise JobError(f"arm {name}: output is set by the comparison; remove it from the job")
-        values["output"] = str(Path(self.output) / name)
-        return parse(TrainConfig, values, f"arm {name}")
 
 
 def parse(kind: type[T], values: dict[str, Any], source: str) -> T:
@@ -236,13 +214,21 @@ def parse(kind: type[T], values: dict[str, Any], source: str) -> T:
 def _first_problem(kind: type[Section], error: ValidationError) -> str:
     problem = error.errors(include_url=False)[0]
     # Members of a union appear in the location under names of types; only keys mean anything here.
-    place = [str(p) for p in problem["loc"]]
+    place = [str(part) for part in problem["loc"]]
+    depth = 0
+    while depth < len(place) and (inner := _section(kind, place[depth])) is not None:
+        kind, depth = inner, depth + 1
     if problem["type"] == "extra_forbidden":
-        fields = DataConfig if place[0] == "data" and len(place) > 1 else kind
-        known = ", ".join(fields.model_fields)
-        return f"unknown key {'.'.join(place)}; known: {known}"
+        return f"unknown key {'.'.join(place)}; known: {', '.join(kind.model_fields)}"
     text = problem["msg"].removeprefix("Value error, ")
-    if not place:
-        return text
-    name = ".".join(place[:2] if place[0] == "data" else place[:1])
-    return f"{name}={problem['input']!r}: {text[0].lower()}{text[1:]}"
+    text = text[0].lower() + text[1:]
+    if problem["type"] == "value_error" and depth == len(place):
+        return f"{'.'.join(place)}: {text}" if place else text
+    return f"{'.'.join(place[: depth + 1])}={problem['input']!r}: {text}"
+
+
+def _section(kind: type[Section], name: str) -> type[Section] | None:
+    """The section that field `name` of `kind` is, if it is one."""
+    field = kind.model_fields.get(name)
+    kinds = (field.annotation, *get_args(field.annotation)) if field is not None else ()
+    return next((k for k in kinds if isinstance(k, type) and issubclass(k, Section)), None)

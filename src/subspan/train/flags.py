@@ -124,7 +124,17 @@ Compile = Annotated[
     bool | None,
     typer.Option("--compile/--no-compile", help="Compile the model.", rich_help_panel=_RUN),
 ]
-TensorBoard = Annotated[
+Track = Annotated[
+    str | None,
+    typer.Option(
+        "--track", help="tensorboard, wandb, trackio, separated by commas.", rich_help_panel=_RUN
+    ),
+]
+RecordSubspaces = Annotated[
     bool | None,
-    typer.Option("--tensorboard/--no-tensorboard", help="Write events.", rich_help_panel=_RUN),
+    typer.Option(
+        "--record-subspaces/--no-record-subspaces",
+        help="Record what the subspaces do, for the report.",
+        rich_help_panel=_RUN,
+    ),
 ]

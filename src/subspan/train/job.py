@@ -1,11 +1,13 @@
 """One training run from its configuration to result.json.
 
 Run folder: config.yaml, inputs.json (hashes of text and initial weights), metrics.jsonl,
-tensorboard/, checkpoints/, final/ (model and tokenizer in the Hugging Face layout), result.json.
+subspaces.jsonl (when recorded), tensorboard/, checkpoints/, final/ (model and tokenizer in the
+Hugging Face layout), result.json.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -21,6 +23,7 @@ from subspan.train.config import TrainConfig
 from subspan.train.errors import JobError, is_disk_full, one_line
 from subspan.train.files import new_folder, write_json
 from subspan.train.model import build_model, check_model_name, has_weights, weights_hash
+from subspan.train.tracking import check_trackers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,15 +43,20 @@ class Inputs:
     record: dict[str, Any]
 
 
-def run_job(config: TrainConfig, console: Console | None = None) -> dict[str, Any]:
+def run_job(
+    config: TrainConfig, console: Console | None = None, until: int | None = None
+) -> dict[str, Any] | None:
     """Train, or go on with an interrupted run, or return the result of a finished one.
 
     Args:
         config: the run; `config.output` is its folder.
         console: where progress is shown.
+        until: stop after this step with a checkpoint there, unless the run is shorter. A later
+            call goes on as if the run had not been stopped; its metrics have one more line, the
+            training loss up to that step, unless a checkpoint was due there anyway.
 
     Returns:
-        The content of result.json.
+        The content of result.json, or none when the run was stopped at `until`.
 
     Raises:
         JobError: bad input, an output folder that holds another run, a full disk, divergence.
@@ -56,19 +64,24 @@ def run_job(config: TrainConfig, console: Console | None = None) -> dict[str, An
     console = console or Console(stderr=True)
     folder = Path(config.output)
     config = _check(config)
+    if until is not None and until >= config.total_steps:
+        until = None
     if runfolder.check_output(folder, config):
         result = runfolder.read_result(folder)
         if result is not None:
             console.print(f"{folder} is finished; nothing to do", highlight=False)
             return result
+        if _reached(folder, until):
+            console.print(f"{folder}: step {until} is done; nothing to do", highlight=False)
+            return None
     _quiet_libraries()
     existed = folder.exists()
     try:
-        inputs = _prepare(config, console)
+        inputs = prepare(config, console)
         with runfolder.locked(folder):
             # Asked again: another process may have worked on the folder before the lock was ours.
             runfolder.check_output(folder, config)
-            return _train(config, folder, inputs, console)
+            return _train(config, folder, inputs, console, until)
     except OSError as error:
         raise _disk_error(error, folder) from error
     except Exception as error:
@@ -79,6 +92,13 @@ def run_job(config: TrainConfig, console: Console | None = None) -> dict[str, An
     finally:
         if not existed and folder.is_dir() and not (folder / runfolder.METRICS).is_file():
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _reached(folder: Path, until: int | None) -> bool:
+    from subspan.train.checkpoints import last_complete, step_of
+
+    last = last_complete(folder / runfolder.CHECKPOINTS)
+    return until is not None and last is not None and (step_of(last) or 0) >= until
 
 
 def _disk_error(error: BaseException, folder: Path) -> JobError:
@@ -109,6 +129,7 @@ def check_method(method: str, hyper: dict[str, Any]) -> str:
 def _check(config: TrainConfig) -> TrainConfig:
     """Refuse what can be refused before text is read and libraries are loaded."""
     check_model_name(config.model)
+    check_trackers(config.track)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise JobError(
             "subspan train runs in one process; for several, use subspan.train.SubspanTrainer in "
@@ -127,7 +148,7 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
 
 
-def _prepare(config: TrainConfig, console: Console) -> Inputs:
+def prepare(config: TrainConfig, console: Console) -> Inputs:
     """Text, model and their hashes; nothing is written but the cache."""
     import torch
 
@@ -160,17 +181,23 @@ def _prepare(config: TrainConfig, console: Console) -> Inputs:
         "vocabulary": len(data.tokenizer),
         "parameters": sum(p.numel() for p in model.parameters()),
         "initial_weights_hash": weights_hash(model),
+        "data_order_hash": hashlib.sha256(train.order.tobytes()).hexdigest(),
+        "seed": config.seed,
     }
     return Inputs(data, train, validation, model, record)
 
 
-def _train(config: TrainConfig, folder: Path, inputs: Inputs, console: Console) -> dict[str, Any]:
-    from subspan.train.callbacks import Metrics, TensorBoard
+def _train(
+    config: TrainConfig, folder: Path, inputs: Inputs, console: Console, until: int | None
+) -> dict[str, Any] | None:
+    from subspan.train.callbacks import Metrics
     from subspan.train.checkpoints import check_resumable, last_complete, remove_incomplete, step_of
     from subspan.train.machine import describe, peak_memory, reset_peak_memory
-    from subspan.train.metrics import keep_metrics
+    from subspan.train.metrics import keep_metrics, read_metrics
     from subspan.train.progress import RunProgress
-    from subspan.train.session import StepProgress, make_trainer, state_bytes
+    from subspan.train.recorder import SUBSPACES, SubspaceRecorder
+    from subspan.train.session import StepProgress, StopAt, make_trainer, planned_bytes, state_bytes
+    from subspan.train.tracking import open_trackers
 
     trainer = make_trainer(config, folder, inputs)
     last = last_complete(folder / runfolder.CHECKPOINTS)
@@ -179,17 +206,18 @@ def _train(config: TrainConfig, folder: Path, inputs: Inputs, console: Console) 
     _record_inputs(folder, config, inputs.record)
     remove_incomplete(folder / runfolder.CHECKPOINTS)
     done = (last and step_of(last)) or 0
+    sent = [line for name in (runfolder.METRICS, SUBSPACES) for line in read_metrics(folder / name)]
     lines = keep_metrics(folder / runfolder.METRICS, done)
     if done:
         console.print(f"{folder}: going on from step {done}", highlight=False)
     with ExitStack() as stack:
         name = f"{config.method} on {config.model}"
         progress = stack.enter_context(RunProgress(console, name, config.total_steps, done))
-        listeners = [lines.append, progress.add]
-        if config.tensorboard:
-            events = TensorBoard(folder / "tensorboard", done)
-            stack.callback(events.close)
-            listeners.append(events.add)
+        trackers = open_trackers(config.track, folder, config.identity(), done, sent)
+        for tracker in trackers:
+            stack.callback(tracker.close)
+        tracked = [tracker.add for tracker in trackers]
+        listeners = [lines.append, progress.add, *tracked]
         metrics = Metrics(
             folder / runfolder.METRICS,
             config.tokens_per_step,
@@ -197,13 +225,23 @@ def _train(config: TrainConfig, folder: Path, inputs: Inputs, console: Console) 
             listeners,
         )
         stack.callback(metrics.close)
+        if until is not None:
+            trainer.add_callback(StopAt(until))  # before the metrics, which look at its wishes
         trainer.add_callback(metrics)
+        if config.record_subspaces:
+            recorder = SubspaceRecorder(folder / SUBSPACES, console.print, tracked)
+            stack.callback(recorder.close)
+            trainer.add_callback(recorder)
         trainer.add_callback(StepProgress(progress.step))
         reset_peak_memory()
         trainer.train(resume_from_checkpoint=str(last) if last else None)
         peak = peak_memory()
+    if trainer.state.global_step < config.total_steps:
+        return None
+    planned = planned_bytes(trainer)
     _save_final(trainer, folder)
     result = _result(config, inputs.record, lines, state_bytes(trainer)) | describe()
+    result["planned_bytes"] = planned
     result["peak_memory_bytes"] = peak
     write_json(folder / runfolder.RESULT, result)
     return result
@@ -214,14 +252,17 @@ def _record_inputs(folder: Path, config: TrainConfig, record: dict[str, Any]) ->
     path = folder / runfolder.INPUTS
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
-        difference = runfolder.first_difference(before, json.loads(json.dumps(record)))
+        # A run that an earlier version began may lack what is recorded now.
+        known = {name: record.get(name) for name in before}
+        difference = runfolder.first_difference(before, json.loads(json.dumps(known)))
         if difference:
             raise JobError(
                 f"cannot go on with {folder}: {difference[0]} has changed since the run began; "
                 "choose another output folder"
             )
-    write_json(path, record)
+    # The configuration first: it is what makes the folder this run's, should the process be killed.
     runfolder.write_config(folder, config)
+    write_json(path, record)
 
 
 def _save_final(trainer: Any, folder: Path) -> None:

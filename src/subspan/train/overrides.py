@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from subspan.train import runfolder
-from subspan.train.config import CompareConfig, DataConfig, TrainConfig, parse
+from subspan.train.config import DataConfig, TrainConfig, parse
 from subspan.train.errors import JobError
 from subspan.train.yamlfile import load_yaml, merge, read_value
 
@@ -16,7 +16,8 @@ def fields(flags: Mapping[str, Any], settings: Sequence[str] = ()) -> dict[str, 
     """Configuration fields that flags and `KEY=VALUE` settings give, nested as in a file.
 
     Flags that were not given are None. A flag whose name is a field of the `data` section is put
-    there. Text of `rank` and `warmup`, and of settings, is read as YAML.
+    there. Text of `rank` and `warmup`, and of settings, is read as YAML; that of `track` is a list
+    separated by commas, or none.
 
     Raises:
         JobError: a setting without '=' or with a value that is no YAML.
@@ -30,6 +31,8 @@ def fields(flags: Mapping[str, Any], settings: Sequence[str] = ()) -> dict[str, 
             value = str(value)
         if name in ("rank", "warmup"):
             value = read_value(value, f"--{name}")
+        if name == "track":
+            value = [word.strip() for word in value.split(",") if word.strip() not in ("", "none")]
         if name == "corpus":
             value = value[0] if len(value) == 1 else list(value)
         given = merge(given, {"data": {name: value}} if _in_data(name) else {name: value})
@@ -63,16 +66,3 @@ def train_config(
         return parse(TrainConfig, merge(base, given), str(resume / runfolder.CONFIG))
     source = str(file) if file is not None else "command line"
     return parse(TrainConfig, merge(load_yaml(file) if file else {}, given), source)
-
-
-def compare_config(file: Path | None, given: dict[str, Any], output: Path | None) -> CompareConfig:
-    """Configuration of a comparison: a file, with job fields overridden by flags.
-
-    Raises:
-        JobError: see `parse`.
-    """
-    values = load_yaml(file) if file else {}
-    values = merge(values, {"job": given} if given else {})
-    if output is not None:
-        values["output"] = str(output)
-    return parse(CompareConfig, values, str(file) if file is not None else "command line")

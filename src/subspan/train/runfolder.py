@@ -59,7 +59,7 @@ def check_output(folder: Path, config: TrainConfig) -> bool:
     """
     if folder.exists() and not folder.is_dir():
         raise JobError(f"output {folder} is a file; choose another output folder")
-    if not folder.exists() or all(path.name == _LOCK for path in folder.iterdir()):
+    if not folder.exists() or all(_leftover(path.name) for path in folder.iterdir()):
         return False
     if not (folder / CONFIG).is_file():
         raise JobError(f"output folder {folder} holds other files; choose an empty or new folder")
@@ -72,6 +72,12 @@ def check_output(folder: Path, config: TrainConfig) -> bool:
             "choose another output folder, or delete that one"
         )
     return True
+
+
+def _leftover(name: str) -> bool:
+    """Whether a process may leave this file when it is killed before the run's configuration is
+    written: the lock, or the part of a file that was to replace another."""
+    return name == _LOCK or name.startswith(f".{CONFIG}.")
 
 
 def first_difference(

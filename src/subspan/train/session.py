@@ -27,6 +27,17 @@ class StepProgress(TrainerCallback):
         self._report(state.global_step)
 
 
+class StopAt(TrainerCallback):
+    """Ends the session after step `last`, with a checkpoint there."""
+
+    def __init__(self, last: int) -> None:
+        self._last = last
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= self._last:
+            control.should_save = control.should_training_stop = True
+
+
 def training_arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
     """The configuration in transformers' words; checkpoints go to `folder`/checkpoints."""
     args = TrainingArguments(
@@ -110,9 +121,24 @@ def make_trainer(config: TrainConfig, folder: Path, inputs: Inputs) -> SubspanTr
     return trainer
 
 
+def _own(trainer: SubspanTrainer) -> Any:
+    """The optimizer itself, which Accelerate wraps."""
+    return getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+
+
 def state_bytes(trainer: SubspanTrainer) -> dict[str, int]:
     """Bytes of the optimizer's state by kind, and in all under `total`."""
-    # Accelerate wraps the optimizer.
-    optimizer: Any = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-    counted: dict[str, int] = optimizer.state_bytes()
+    counted: dict[str, int] = _own(trainer).state_bytes()
     return counted
+
+
+def planned_bytes(trainer: SubspanTrainer) -> dict[str, int]:
+    """Bytes of weights, gradients and states, activations aside, as declared before the run.
+
+    Gradients are the largest one alone when every update happens in the backward pass.
+    """
+    planned: dict[str, int] = _own(trainer).memory()
+    largest, whole = planned.pop("largest_gradient"), planned.pop("all_gradients")
+    planned["gradients"] = largest if trainer.update_in_backward else whole
+    planned.pop("total")
+    return planned | {"total": sum(planned.values())}
