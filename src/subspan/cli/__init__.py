@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from subspan import __version__
-from subspan.cli import compare, data, methods, report, train
+from subspan.cli import compare, data, methods, plan, report, train
 from subspan.cli.common import INTERRUPTED, fail
 
 app = typer.Typer(
@@ -38,6 +38,7 @@ def root(
 
 app.command()(train.train)
 app.command()(compare.compare)
+app.command()(plan.plan)
 app.command()(report.report)
 app.command()(methods.methods)
 app.add_typer(data.app, name="data")

@@ -30,12 +30,25 @@ def state_bytes(optimizer: SubspaceOptimizer) -> dict[str, int]:
     return {**sizes, "total": sum(sizes.values())}
 
 
-def declared_bytes(optimizer: SubspaceOptimizer, parameter: Tensor) -> dict[str, int]:
+def declared_bytes(
+    optimizer: SubspaceOptimizer, parameter: Tensor, active: bool | None = None
+) -> dict[str, int]:
     """Bytes by kind that a parameter's state takes once it has had a gradient.
 
     Known before the first step.
+
+    Args:
+        optimizer: whose parameter it is.
+        parameter: the tensor.
+        active: in a period in which it is active, or is not; None: now.
     """
-    layout, parts = optimizer.layout_of(parameter), optimizer.parts_of(parameter)
+    if active is None:
+        layout, parts = optimizer.layout_of(parameter), optimizer.parts_of(parameter)
+    else:
+        layout, parts = (
+            optimizer.layout_in(parameter, active),
+            optimizer.parts_in(parameter, active),
+        )
     sizes: dict[str, int] = {}
     slots = parts.slots(layout, parameter.dtype) if parts else {}
     for kind, (shape, dtype) in slots.values():
@@ -43,19 +56,58 @@ def declared_bytes(optimizer: SubspaceOptimizer, parameter: Tensor) -> dict[str,
     return sizes
 
 
+def active_in(optimizer: SubspaceOptimizer, period: int) -> dict[Tensor, bool]:
+    """Which parameters are active in a period, 0-based; all of a group without an activity."""
+    found: dict[Tensor, bool] = {}
+    for position, group in enumerate(optimizer.param_groups):
+        activity = optimizer.composition(position).activity
+        found.update(dict.fromkeys(group["params"], True))
+        if activity is not None:
+            everyone = optimizer.projected(group)
+            layouts = [optimizer.layout_in(parameter, True) for parameter in everyone]
+            chosen = activity.active(period, layouts)
+            found.update((p, place in chosen) for place, p in enumerate(everyone))
+    return found
+
+
+def fullest_period(optimizer: SubspaceOptimizer, periods: int = 64) -> int:
+    """Which of the first periods has the most state; 0 without an activity.
+
+    Of equals the one that trains the earliest parameters, behind which all activations are kept.
+    """
+    groups = range(len(optimizer.param_groups))
+    if all(optimizer.composition(position).activity is None for position in groups):
+        return 0
+    everyone = [p for group in optimizer.param_groups for p in group["params"]]
+    sizes = {
+        (p, active): sum(declared_bytes(optimizer, p, active).values())
+        for p in everyone
+        for active in (True, False)
+    }
+
+    def rank(period: int) -> tuple[int, int]:
+        turn = active_in(optimizer, period)
+        first = next((i for i, p in enumerate(turn) if optimizer.parts_in(p, turn[p])), 0)
+        return sum(map(sizes.__getitem__, turn.items())), -first
+
+    return max(range(periods), key=rank)
+
+
 def memory(optimizer: SubspaceOptimizer) -> dict[str, int]:
     """Bytes that training holds, activations aside: known before the first step, also on "meta".
 
     "weights", the state by kind, "largest_gradient" (what is live at most when every update happens
-    in the backward pass), "all_gradients" (otherwise), and "total" with the former.
+    in the backward pass), "all_gradients" (otherwise), and "total" with the former. The state of a
+    method whose parameters take turns is that of the first period.
     """
     weights = gradients = largest = 0
     state: dict[str, int] = {}
-    for parameter in (member for group in optimizer.param_groups for member in group["params"]):
+    for parameter, active in active_in(optimizer, 0).items():
         weights += weight_bytes(parameter)
-        gradient = parameter.numel() * parameter.dtype.itemsize
+        rests = optimizer.parts_in(parameter, active) is None
+        gradient = 0 if rests else parameter.numel() * parameter.dtype.itemsize
         gradients, largest = gradients + gradient, max(largest, gradient)
-        for kind, size in declared_bytes(optimizer, parameter).items():
+        for kind, size in declared_bytes(optimizer, parameter, active).items():
             state[kind] = state.get(kind, 0) + size
     return {
         "weights": weights,
