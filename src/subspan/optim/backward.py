@@ -273,6 +273,12 @@ def check_attachable(
         ValueError: for arguments, or a method, that it does not allow.
         RuntimeError: with several processes.
     """
+    if optimizer.sharding is not None:
+        raise ValueError(
+            "the parameters are sharded, and an update in the backward pass would need their "
+            "gradients in the same order on every rank: take ordinary steps, for which FSDP2 keeps "
+            "sharded gradients only"
+        )
     steps = accumulation_steps
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"accumulation_steps={steps!r} must be an integer of at least 1")

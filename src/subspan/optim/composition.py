@@ -295,6 +295,36 @@ class Composition:
             and self.clip_rms is None
         )
 
+    def works_on_slices(self, layout: Layout, dim: int) -> bool:
+        """Whether the pieces of a matrix cut along `dim` can be updated apart from each other.
+
+        Rows (columns) of coordinates, moments and residual then belong to those of the matrix; only
+        the basis, which every piece needs whole, and norms of the matrix are common.
+        """
+        finder = self.finder
+        if finder is None or len(layout.natural) != 2 or layout.side != ("right", "left")[dim]:
+            return False
+        planned = type(self.refresh)
+        return (
+            finder.form != "modes"
+            and not finder.follows
+            and not finder.reads_momentum
+            and all(item.kind == "basis" for item in finder.declare(layout))
+            and planned.drifted is Refresh.drifted
+            and planned.found is Refresh.found
+            and not planned.declare(self.refresh, layout)
+            and self.inner.elementwise
+            and not self.inner.concludes
+            and isinstance(self.output, Lift | RescaledGradient)
+            and self.remainder.works_on_slices
+            and self.normaliser is None
+            and not self.complement
+            and self.parameter_scale is None
+            and self.clip_rms is None
+            and self.activity is None
+            and not self.storage.low_bit
+        )
+
     @property
     def shows_bad_gradients(self) -> bool:
         """Whether NaN or infinity in a gradient shows in its coordinates before any state changes.

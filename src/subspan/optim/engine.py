@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from subspan.optim import checkpoint, listing
+from subspan.optim import checkpoint, listing, sharded_state
 from subspan.optim.apply import apply_update, root_mean_square
 from subspan.optim.backward import BackwardUpdates, Clipping
 from subspan.optim.bucket import Bucket
@@ -168,8 +168,11 @@ class SubspaceOptimizer(Roster):
         for group, composition, members in plan:
             adapt_ranks(self, group, composition, members)
             for parts, own in assignments(self, group, composition, members):
-                for bucket in buckets(self, own, group, parts, self._largest):
-                    self._update(bucket, parts, group, work)
+                for ready in (
+                    [own] if self.sharding is None else self.sharding.presented(own, group, parts)
+                ):
+                    for bucket in buckets(self, ready, group, parts, self._largest):
+                        self._update(bucket, parts, group, work)
 
     def conclude(self, parameters: Iterable[Tensor]) -> None:
         """What follows when all parameters of a step have been updated."""
@@ -184,6 +187,8 @@ class SubspaceOptimizer(Roster):
             states = [
                 self.state[p] for other, members in concluding if other == inner for p in members
             ]
+            if self.sharding is not None:
+                self.sharding.sum_scalars([p for _, own in concluding for p in own])
             inner.conclude(states)
             concluding = [item for item in concluding if item[0] != inner]
 
@@ -215,7 +220,9 @@ class SubspaceOptimizer(Roster):
         direction = parts.inner.update(seen.coordinates, state, bucket.age, rate, work)
         update = Update(direction.value, direction.step)
         if seen.subspace is not None:
-            scene = Scene(seen, direction, bucket.layout, state, parts.inner, rate, work)
+            scene = Scene(
+                seen, direction, bucket.layout, state, parts.inner, rate, work, bucket.sharding
+            )
             update = parts.output.form(scene, parts.remainder)
         if parts.normaliser is not None and parts.normaliser.after:
             update.divisor = parts.normaliser.divisor(seen.gradient, state, bucket.step)
@@ -252,7 +259,10 @@ class SubspaceOptimizer(Roster):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's, but plain tensors, numbers and text: loads with `weights_only`."""
-        return checkpoint.plain(super().state_dict())
+        own = super().state_dict()
+        if self.sharding is not None and self.sharding.group is not None:
+            own = sharded_state.spread(self, own)
+        return checkpoint.plain(own)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned; training continues bit for bit.
@@ -291,6 +301,7 @@ class SubspaceOptimizer(Roster):
             "_homes",
             "_positions",
             "_compositions",
+            "sharding",
         )
         own = {name: getattr(self, name) for name in kept}
         return {**super().__getstate__(), **own, "_backward": None}

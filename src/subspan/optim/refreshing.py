@@ -83,7 +83,7 @@ def _in_force(
             momentum = state[moment] * inner.momentum_correction(bucket.age - 1)
     seeds = bucket.seeds(group["seed"], FIND)
     sight = Sight(gradient, layout, bucket.layouts, previous, momentum, seeds, state, bucket.step)
-    found = finder.find(sight)
+    found = finder.find(sight) if bucket.found is None else bucket.found
     stacked = len(layout.view) > 2 and layout.side != "modes" and finder.reads_gradient
     if stacked and isinstance(found, Dense) and isinstance(previous, Dense):
         # Single matrices of a stack may have no gradient (experts that saw no token).

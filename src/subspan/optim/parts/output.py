@@ -31,6 +31,8 @@ class Remainder:
 
     reads_momentum_loss: ClassVar[bool] = False
     one_sided: ClassVar[bool] = False
+    # Whether the rows (right) or columns (left) of the residual can be treated apart.
+    works_on_slices: ClassVar[bool] = True
 
     def declare(self, layout: Layout) -> tuple[StateDeclaration, ...]:
         """The state kept for a parameter of that layout."""
@@ -83,7 +85,7 @@ class NormScaled(Remainder):
         factor = channel_factors(scene, inside)
         if self.growth_limit is not None:
             energies = residual_energies(scene, inside, share)
-            norm = (factor.square() * energies).sum((-2, -1)).sqrt_()
+            norm = scene.total((factor.square() * energies).sum((-2, -1))).sqrt_()
             factor = factor * limit_growth(norm, scene.state, self.growth_limit)[..., None, None]
         value = scene.direction.value if scale == 1.0 else scene.direction.value.mul_(scale)
         value.addcmul_(scene.coordinates, factor, value=-share)
@@ -277,7 +279,7 @@ class RescaledGradient:
         if self.growth_limit is not None:
             front = root if self.scale_front else 1.0
             energies = channel_energies(scene.gradient, scene)
-            norm = (factor.square() * energies).sum((-2, -1)).sqrt_().mul_(front)
+            norm = scene.total((factor.square() * energies).sum((-2, -1))).sqrt_().mul_(front)
             factor = factor * limit_growth(norm, scene.state, self.growth_limit)[..., None, None]
         return Update(scale=factor * (root * scene.direction.step))
 
@@ -343,10 +345,13 @@ def channel_factors(scene: Scene, inside: Tensor) -> Tensor:
 def tensor_factor(scene: Scene) -> Tensor:
     """How much the inner optimizer rescaled the coordinates as a whole, `(..., 1, 1)`."""
     dims = (-1,) if scene.layout.side == "entries" else (-2, -1)
-    scaled = torch.linalg.vector_norm(scene.direction.value, dim=dims)
-    return (scaled / (torch.linalg.vector_norm(scene.coordinates, dim=dims) + TINY))[
-        ..., None, None
-    ]
+    scaled, plain = (
+        scene.total(torch.linalg.vector_norm(x, dim=dims).square_()).sqrt_()
+        if scene.sharding is not None
+        else torch.linalg.vector_norm(x, dim=dims)
+        for x in (scene.direction.value, scene.coordinates)
+    )
+    return (scaled / (plain + TINY))[..., None, None]
 
 
 def residual_energies(scene: Scene, inside: Tensor, share: float) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -11,6 +11,9 @@ from subspan.optim.parts.inner import Direction, Inner, Rate
 from subspan.optim.parts.workspace import Workspace
 from subspan.subspaces.bases import Subspace
 from subspan.subspaces.layout import Layout
+
+if TYPE_CHECKING:
+    from subspan.optim.sharding import Sharding
 
 
 @dataclass
@@ -79,6 +82,7 @@ class Scene:
         inner: the inner optimizer.
         lr: learning rate, a number or a tensor broadcastable to `(..., m, n)`.
         work: scratch memory.
+        sharding: of a piece of a matrix; None: it is whole.
     """
 
     seen: Seen
@@ -88,6 +92,11 @@ class Scene:
     inner: Inner
     lr: Rate
     work: Workspace
+    sharding: Sharding | None = None
+
+    def total(self, value: Tensor) -> Tensor:
+        """The sum of a number per matrix over all pieces of the matrix."""
+        return value if self.sharding is None else self.sharding.total(value)
 
     @property
     def gradient(self) -> Tensor:
