@@ -5,9 +5,9 @@ the gradient is only ever used as its projection, and projecting commutes with a
 
     project(mean_k G_k) = mean_k project(G_k)
 
-So each rank projects its own gradient, the r x n (or m x r) coordinates are averaged, and their lift
-takes the place of the gradient. In steps with a refresh, and for all that is not projected, whole
-gradients are sent as always.
+So each rank projects its own gradient, the r x n (or m x r) coordinates are averaged, and what they
+lift to takes the place of the gradient. In steps with a refresh, and for all that is not projected,
+whole gradients are sent as always.
 """
 
 from __future__ import annotations
