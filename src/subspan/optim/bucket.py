@@ -193,7 +193,11 @@ class Bucket:
         ]
 
     def _generator(self, row: int, seed: int, purpose: int) -> torch.Generator:
-        return linalg.generator(self.seeds(seed, purpose)[row], self.device)
+        drawn = self.seeds(seed, purpose)[row]
+        if self.sharding is not None:
+            # Pieces of one parameter must not draw the same rounding noise.
+            drawn = linalg.derive_seed(drawn, self.sharding.rank)
+        return linalg.generator(drawn, self.device)
 
 
 def write(target: Tensor, value: Tensor, draw: torch.Generator | None) -> None:

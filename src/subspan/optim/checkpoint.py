@@ -139,6 +139,8 @@ def _matched_state(
         missing = [name for name in slots if name not in state]
         if missing and "step" in state:
             raise ValueError(f"the checkpoint lacks {missing[0]!r} for parameter {layout.name!r}")
+        if optimizer.sharding is not None:
+            state = sharded_state.kept(optimizer, parameter, state)
         loaded[parameter] = state
     for parameter, layout in layouts.items():
         optimizer.set_layout(parameter, layout)

@@ -12,6 +12,7 @@ whole gradients are sent as always.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,15 +45,21 @@ class ProjectedAllReduce:
     @torch.no_grad()
     def reduce(self, bucket: Any) -> Future[Tensor]:
         """Average one bucket (DDP's `GradBucket`) of gradients over all ranks."""
-        gradients = bucket.gradients()
+        gradients, whole = bucket.gradients(), bucket.buffer()
         subspaces = [self._subspace(parameter) for parameter in bucket.parameters()]
+        self.plain += whole.numel() * whole.element_size()
+        if all(subspace is None for subspace in subspaces):
+            self.sent += whole.numel() * whole.element_size()
+            whole.div_(self._group.size())
+            work = dist.all_reduce(whole, group=self._group, async_op=True)
+            assert work is not None
+            return work.get_future().then(lambda future: future.value()[0])
         parts = [
             gradient if subspace is None else subspace.project(gradient).to(gradient.dtype)
             for gradient, subspace in zip(gradients, subspaces, strict=True)
         ]
         sent = torch.cat([part.reshape(-1) for part in parts]).div_(self._group.size())
         self.sent += sent.numel() * sent.element_size()
-        self.plain += bucket.buffer().numel() * bucket.buffer().element_size()
         shapes = [part.shape for part in parts]
 
         def expand(future: Future[list[Tensor]]) -> Tensor:
@@ -62,7 +69,7 @@ class ProjectedAllReduce:
             ):
                 value = part.view(shape)
                 gradient.copy_(value if subspace is None else subspace.lift(value))
-            return bucket.buffer()
+            return whole
 
         work = dist.all_reduce(sent, group=self._group, async_op=True)
         assert work is not None
@@ -73,15 +80,19 @@ class ProjectedAllReduce:
         if not self._optimizer.knows(parameter) or parameter.dim() != 2:
             return None
         seen = steady(self._optimizer, parameter)
-        if seen is None or _objection(seen[1]) is not None:
+        if seen is None or objection(seen[1]) is not None:
             return None
         bucket, parts = seen
         assert parts.finder is not None
-        found = parts.finder.unpack(bucket.load(), bucket.layout, bucket.dtype, bucket.device)
+        held = {item.name for item in parts.finder.declare(bucket.layout)} | {"seed"}
+        (state,) = bucket.states
+        basis = {name: value for name, value in state.items() if name in held}
+        only = replace(bucket, states=[basis], codecs={})  # moments in few bits stay encoded
+        found = parts.finder.unpack(only.load(), bucket.layout, bucket.dtype, bucket.device)
         return found if found.orthonormal else None
 
 
-def _objection(parts: Composition) -> str | None:
+def objection(parts: Composition) -> str | None:
     """Why the lifted coordinates cannot take the place of a gradient; None if they can."""
     if parts.finder is None:
         return "it projects nothing"
@@ -119,7 +130,7 @@ def project_gradients_in_ddp(
         >>> hook = project_gradients_in_ddp(model, optimizer)
     """
     found = [
-        _objection(parts)
+        objection(parts)
         for group in optimizer.param_groups
         for parts in map(optimizer.parts_of, optimizer.projected(group))
         if parts is not None

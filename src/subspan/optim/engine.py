@@ -184,12 +184,10 @@ class SubspaceOptimizer(Roster):
         concluding = [(c.inner, members) for _, c, members in plan if c.inner.concludes]
         while concluding:
             inner = concluding[0][0]
-            states = [
-                self.state[p] for other, members in concluding if other == inner for p in members
-            ]
+            members = [p for other, own in concluding if other == inner for p in own]
             if self.sharding is not None:
-                self.sharding.sum_scalars([p for _, own in concluding for p in own])
-            inner.conclude(states)
+                self.sharding.sum_scalars(members)
+            inner.conclude([self.state[p] for p in members])
             concluding = [item for item in concluding if item[0] != inner]
 
     def update_bucket(

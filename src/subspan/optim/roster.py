@@ -17,8 +17,9 @@ from subspan.optim.groups import (
     lay_out,
     unique,
 )
+from subspan.optim.placing import is_sharded
 from subspan.optim.resting import follow_activity, rests, wake
-from subspan.optim.sharding import Sharding, Standin, is_sharded
+from subspan.optim.sharding import Sharding, Standin
 from subspan.subspaces.bases import Subspace
 from subspan.subspaces.layout import Layout
 from subspan.subspaces.ranks import EnergyRank
@@ -70,6 +71,8 @@ class Roster(torch.optim.Optimizer):
                 self._layouts.pop(parameter, None)
                 self._idle_layouts.pop(parameter, None)
                 self._positions.pop(parameter, None)
+                if self.sharding is not None:
+                    self.sharding.forget(parameter)
             raise
         self._compositions.append((self._snapshot(group), composition))
         if composition.activity is not None and composition.activity.freezes:
@@ -91,6 +94,8 @@ class Roster(torch.optim.Optimizer):
             self._homes[parameter] = (parameter.device, parameter.dtype)
             self._positions[parameter] = len(self._compositions)
             check_exactness(composition, self._layouts[parameter], parameter)
+        if self.sharding is not None:
+            self.sharding.share_out()
         self._largest = max((layout.natural_size for layout in self._layouts.values()), default=0)
         everyone = self.projected(group)
         self._places.update((p, (i, len(everyone))) for i, p in enumerate(everyone))
@@ -200,6 +205,7 @@ class Roster(torch.optim.Optimizer):
                 layout = replace(layout, rank=old.rank)
             before, after = composition.parts_for(old), new.parts_for(layout)
             same_state = before.declarations(old) == after.declarations(layout)
+            same_state &= self.sharding is None or self.sharding.keeps_way(parameter, old, after)
             if layout != old or not same_state or composition.storage != new.storage:
                 changed = [
                     f"{name} from {was!r} to {now!r}"

@@ -27,12 +27,13 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from subspan.optim.sharding import is_sharded
+from subspan.optim.placing import is_sharded
 
 if TYPE_CHECKING:
     from subspan.optim.engine import SubspaceOptimizer
 
 _MODEL, _STATE, _PLAIN = "model/", "optimizer/", "plain"
+_PARTIAL = ".partial"  # how the name of a folder ends that is being written
 
 
 def save_sharded(
@@ -57,7 +58,7 @@ def save_sharded(
     folder = Path(folder)
     if folder.exists():
         raise FileExistsError(f"checkpoint {folder} exists; choose another folder")
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial = folder.with_name(f".{folder.name}{_PARTIAL}")
     if _rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
     _barrier()
@@ -97,13 +98,15 @@ def load_sharded(
         FileNotFoundError: there is no complete checkpoint.
     """
     folder = Path(folder)
-    if not (folder / ".metadata").is_file():
+    if folder.name.endswith(_PARTIAL) or not (folder / ".metadata").is_file():
         raise FileNotFoundError(f"{folder} holds no complete checkpoint")
     names = _names(optimizer)
     numbers = {name: number for number, name in names.items()}
     members = [p for group in optimizer.param_groups for p in group["params"]]
     found = FileSystemReader(folder).read_metadata().state_dict_metadata
-    flat = {_MODEL + name: value for name, value in get_model_state_dict(model).items()}
+    weights = {_MODEL + name: value for name, value in get_model_state_dict(model).items()}
+    _check_model(folder, weights, found)
+    flat: dict[str, Any] = {}
     places: list[tuple[str, str, str]] = []
     for key, about in found.items():
         assert isinstance(about, TensorStorageMetadata)
@@ -114,19 +117,33 @@ def load_sharded(
             _check_known(folder, name, numbers)
             places.append((key, name, slot))
             flat[key] = _room(about.size, about.properties.dtype, members[numbers[name]])
-    load(flat, checkpoint_id=folder, no_dist=not dist.is_initialized())
-    plain = _unpacked(flat[_PLAIN])  # type: ignore[arg-type]
+    alone = not dist.is_initialized()
+    load(flat, checkpoint_id=folder, no_dist=alone)
+    plain = _unpacked(flat[_PLAIN])
     for name in plain["numbers"]:
         _check_known(folder, name, numbers)
     state = {numbers[name]: dict(entries) for name, entries in plain["numbers"].items()}
     for key, name, slot in places:
         state[numbers[name]][slot] = flat[key]
-    # The optimizer first: it refuses what does not fit before anything has changed.
+    # The optimizer first: it refuses what does not fit, and weights are loaded in place.
     optimizer.load_state_dict({"state": state, "param_groups": plain["groups"]})
-    weights = {k.removeprefix(_MODEL): v for k, v in flat.items() if k.startswith(_MODEL)}
-    set_model_state_dict(model, weights, options=StateDictOptions(strict=True))
+    load(weights, checkpoint_id=folder, no_dist=alone)
+    own = {name.removeprefix(_MODEL): value for name, value in weights.items()}
+    set_model_state_dict(model, own, options=StateDictOptions(strict=True))
     extra: dict[str, Any] = plain["extra"]
     return extra
+
+
+def _check_model(folder: Path, weights: dict[str, Any], found: dict[str, Any]) -> None:
+    """Refuse a checkpoint of another model."""
+    saved = {k: tuple(v.size) for k, v in found.items() if k.startswith(_MODEL)}
+    own = {k: tuple(v.shape) for k, v in weights.items()}
+    for key in sorted(saved.keys() | own.keys()):
+        if saved.get(key) != own.get(key):
+            raise ValueError(
+                f"{key.removeprefix(_MODEL)!r} has shape {saved.get(key, 'none')} in checkpoint "
+                f"{folder}, {own.get(key, 'none')} in the model"
+            )
 
 
 def _check_known(folder: Path, name: str, numbers: dict[str, int]) -> None:

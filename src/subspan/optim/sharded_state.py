@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from subspan.optim.sharding import Place, Shard, is_sharded, local
+from subspan.optim.placing import Place, Shard, is_sharded, local
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -47,7 +47,7 @@ def spread(optimizer: Roster, state_dict: dict[str, Any]) -> dict[str, Any]:
     owned = {
         number: {name: _outline(value) for name, value in held.get(number, {}).items()}
         for number, parameter in members.items()
-        if optimizer.sharding.places.get(parameter, Place(None, "entries")).way == "whole"
+        if optimizer.sharding.place_of(parameter).way == "whole"
         and optimizer.sharding.is_mine(parameter)
     }
     gathered: list[Any] = [None] * optimizer.sharding.ranks
@@ -55,9 +55,9 @@ def spread(optimizer: Roster, state_dict: dict[str, Any]) -> dict[str, Any]:
     outlines = {number: outline for part in gathered for number, outline in part.items()}
     spread_state: dict[int, State] = {}
     for number, parameter in members.items():
-        place = optimizer.sharding.places.get(parameter)
+        place = optimizer.sharding.place_of(parameter)
         own = held.get(number, {})
-        if place is None or place.shard is None:
+        if place.shard is None:
             state = own
         elif place.way == "whole":
             state = _handed_out(parameter, place, own, outlines[number])
@@ -69,7 +69,9 @@ def spread(optimizer: Roster, state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def gather(optimizer: Roster, parameter: Tensor, saved: Mapping[str, Any]) -> State:
-    """What this rank holds of a parameter's saved state.
+    """A parameter's saved state as this rank sees it: its pieces, or all that an owner holds.
+
+    All ranks get the same of a "whole" parameter, so that all refuse what does not fit; see `kept`.
 
     Args:
         optimizer: whose parameter it is.
@@ -77,18 +79,22 @@ def gather(optimizer: Roster, parameter: Tensor, saved: Mapping[str, Any]) -> St
         saved: its entry of a state dict: DTensors, or whole tensors.
     """
     assert optimizer.sharding is not None
-    place = optimizer.sharding.places.get(parameter)
-    if place is None or place.shard is None:
+    place = optimizer.sharding.place_of(parameter)
+    if place.shard is None or place.way == "whole":
         return {name: _full(value) for name, value in saved.items()}
-    if place.way == "whole":
-        # Every rank takes part in gathering, and the owner keeps what came of it.
-        state = {name: _full(value) for name, value in saved.items()}
-        return state if place.is_mine else {k: v for k, v in state.items() if k in _COMMON}
     cuts = _cuts(optimizer, parameter, place.shard)
     return {
         name: _piece(value, place.shard, cuts.get(name), parameter)  # type: ignore[arg-type]
         for name, value in saved.items()
     }
+
+
+def kept(optimizer: Roster, parameter: Tensor, state: State) -> State:
+    """What this rank keeps of a state that `gather` returned."""
+    assert optimizer.sharding is not None
+    if optimizer.sharding.is_mine(parameter):
+        return state
+    return {name: value for name, value in state.items() if name in _COMMON}
 
 
 def _numbered(optimizer: Roster) -> Iterator[tuple[int, Tensor]]:

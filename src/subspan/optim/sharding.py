@@ -19,93 +19,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from subspan.linalg import compute_dtype
 from subspan.optim.bucket import FIND, Bucket, is_quantised
 from subspan.optim.composition import Composition
+from subspan.optim.placing import (
+    Place,
+    Shard,
+    Way,
+    is_sharded,
+    local,
+    shard_of,
+    sliced,
+    way_of,
+)
 from subspan.subspaces.bases import Subspace
 from subspan.subspaces.finder import Sight
 from subspan.subspaces.layout import Layout
 from subspan.subspaces.ranks import EnergyRank
 
 if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
-
     from subspan.optim.engine import SubspaceOptimizer
-
-Way = Literal["entries", "slices", "whole"]
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Where the parts of a parameter are.
-
-    Args:
-        dim: the dimension that is cut, in pieces of equal size but for the last ones.
-        size: its whole size.
-        group: the processes that hold a piece each.
-    """
-
-    dim: int
-    size: int
-    group: dist.ProcessGroup
-
-    @property
-    def ranks(self) -> int:
-        """Number of pieces."""
-        return self.group.size()
-
-    @property
-    def chunk(self) -> int:
-        """Size of the first piece."""
-        return -(-self.size // self.ranks)
-
-    def length(self, rank: int) -> int:
-        """Size of a rank's piece, which may be 0."""
-        return max(0, min(self.chunk, self.size - rank * self.chunk))
-
-    def piece(self, whole: Tensor, rank: int) -> Tensor:
-        """A rank's piece of the whole."""
-        start = min(rank * self.chunk, self.size)
-        return whole.narrow(self.dim, start, self.length(rank))
-
-    def padded_shape(self, piece: Tensor) -> list[int]:
-        """Shape of the first piece, which no other exceeds."""
-        shape = list(piece.shape)
-        shape[self.dim] = self.chunk
-        return shape
-
-    def padded(self, piece: Tensor) -> Tensor:
-        """A piece with the size of the first one, filled up with zeros."""
-        if piece.shape[self.dim] == self.chunk:
-            return piece.contiguous()
-        padded = piece.new_zeros(self.padded_shape(piece))
-        padded.narrow(self.dim, 0, piece.shape[self.dim]).copy_(piece)
-        return padded
-
-
-@dataclass(frozen=True)
-class Place:
-    """How one parameter is updated.
-
-    Args:
-        shard: where its pieces are; None if every rank holds all of it.
-        way: see the module.
-        owner: rank within the shard's group that holds the state of a "whole" parameter.
-    """
-
-    shard: Shard | None
-    way: Way
-    owner: int = 0
-
-    @property
-    def is_mine(self) -> bool:
-        """Whether this rank keeps state for the parameter."""
-        return self.shard is None or self.way != "whole" or self.owner == self.shard.group.rank()
 
 
 @dataclass
@@ -125,56 +64,6 @@ class Standin:
     found: Subspace | None = None
 
 
-def is_sharded(tensor: object) -> bool:
-    """Whether a tensor is a DTensor (without loading torch.distributed.tensor)."""
-    return type(tensor).__name__ == "DTensor"
-
-
-def shard_of(parameter: DTensor, name: str) -> Shard | None:
-    """Where the pieces of a parameter are; None if every rank holds all of it.
-
-    Raises:
-        ValueError: it is cut along two mesh dimensions, or not in plain pieces.
-    """
-    from torch.distributed.tensor import Replicate
-    from torch.distributed.tensor import Shard as Cut
-
-    cut = [(d, place) for d, place in enumerate(parameter.placements) if place != Replicate()]
-    if not cut:
-        return None
-    if len(cut) > 1 or type(cut[0][1]) is not Cut:
-        raise ValueError(
-            f"parameter {name!r} is placed as {parameter.placements}: optimizers take parameters "
-            "that are sharded along one mesh dimension (FSDP2, with or without replicas), not two "
-            "(tensor parallel on top of FSDP) and not partial sums"
-        )
-    mesh_dim, place = cut[0]
-    assert isinstance(place, Cut)
-    dim = place.dim % parameter.dim()
-    return Shard(dim, parameter.shape[dim], parameter.device_mesh.get_group(mesh_dim))
-
-
-def way_of(layout: Layout, parts: Composition, shard: Shard) -> Way:
-    """How a parameter of that (whole) layout is updated."""
-    if parts.elementwise and not parts.storage.low_bit:
-        return "entries"
-    return "slices" if parts.works_on_slices(layout, shard.dim) else "whole"
-
-
-def sliced(layout: Layout, way: Way, shard: Shard) -> Layout:
-    """The layout of this rank's piece."""
-    if way == "whole":
-        return layout
-    own = list(layout.natural)
-    own[shard.dim] = shard.length(shard.group.rank())
-    return replace(layout, natural=tuple(own), view=tuple(own), whole=layout.natural)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """A DTensor's piece on this rank, sharing its memory; other tensors as they are."""
-    return tensor._local_tensor if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
-
-
 class Sharding:
     """What an optimizer with sharded parameters does around its steps.
 
@@ -182,7 +71,8 @@ class Sharding:
         optimizer: whose parameters they are.
 
     Attributes:
-        traffic: bytes that this rank has sent, by purpose: "gather", "scatter", "basis", "sums".
+        traffic: bytes that this rank has sent, by purpose: "gather", "scatter", "basis", and
+            "sums", which counts what it has put into an all-reduce.
     """
 
     def __init__(self, optimizer: SubspaceOptimizer) -> None:
@@ -191,6 +81,7 @@ class Sharding:
         self.places: dict[Tensor, Place] = {}
         self.traffic: dict[str, int] = {}
         self._load: dict[int, int] = {}  # bytes of state that each rank owns
+        self._unowned: dict[Tensor, int] = {}  # the same of parameters that have no owner yet
 
     # ------------------------------------------------------------------ placing
 
@@ -220,25 +111,60 @@ class Sharding:
         if shard is None or shard.ranks == 1:
             self.places[parameter] = Place(None, "entries")
             return [layout for layout, _ in layouts]
-        ways = {way_of(layout, parts, shard) for layout, parts in layouts}
+        self._check_processes(shard, name)
+        ways = {way_of(layout, parts, shard.dim) for layout, parts in layouts}
         way: Way = ways.pop() if len(ways) == 1 else "whole"
-        owner = 0
         if way == "whole":
-            owner = min(range(shard.ranks), key=lambda rank: self._load.get(rank, 0))
             slots = layouts[0][1].slots(layouts[0][0], parameter.dtype).values()
             size = sum(torch.Size(shape).numel() * kind.itemsize for _, (shape, kind) in slots)
-            self._load[owner] = self._load.get(owner, 0) + max(size, 1)
-        self.places[parameter] = Place(shard, way, owner)
+            self._unowned[parameter] = max(size, 1)
+        self.places[parameter] = Place(shard, way)
         return [sliced(layout, way, shard) for layout, _ in layouts]
+
+    def share_out(self) -> None:
+        """Give every new "whole" parameter an owner: the largest state first, to who has least."""
+        for parameter in sorted(self._unowned, key=self._unowned.__getitem__, reverse=True):
+            owner = min(range(self.ranks), key=lambda rank: self._load.get(rank, 0))
+            self._load[owner] = self._load.get(owner, 0) + self._unowned[parameter]
+            self.places[parameter] = replace(self.places[parameter], owner=owner)
+        self._unowned.clear()
+
+    def forget(self, parameter: Tensor) -> None:
+        """Drop a parameter that was refused after all."""
+        self.places.pop(parameter, None)
+        self._unowned.pop(parameter, None)
+
+    def _check_processes(self, shard: Shard, name: str) -> None:
+        """Refuse a parameter that other processes share than the parameters before it."""
+        if self.group is None:
+            return
+        before, now = (dist.get_process_group_ranks(g) for g in (self.group, shard.group))
+        if before != now:
+            raise ValueError(
+                f"parameter {name!r} is sharded over processes {now}, others over {before}: give "
+                "each mesh an optimizer of its own"
+            )
+
+    def place_of(self, parameter: Tensor) -> Place:
+        """How a parameter is updated; one that is not sharded like a piece of its own."""
+        return self.places.get(parameter, _WHOLE_HERE)
 
     def is_mine(self, parameter: Tensor) -> bool:
         """Whether this rank keeps state for a parameter."""
-        return parameter not in self.places or self.places[parameter].is_mine
+        return self.place_of(parameter).is_mine
+
+    def keeps_way(self, parameter: Tensor, layout: Layout, parts: Composition) -> bool:
+        """Whether other parts could still update a parameter in the way that was chosen for it."""
+        place = self.place_of(parameter)
+        if place.shard is None or place.way == "whole":
+            return True
+        whole = replace(layout, natural=layout.whole or layout.natural, whole=None)
+        return way_of(replace(whole, view=whole.natural), parts, place.shard.dim) == place.way
 
     def as_placed(self, parameter: Tensor, layout: Layout) -> Layout:
         """This rank's view of a whole layout of a parameter that has a place."""
-        place = self.places.get(parameter)
-        if place is None or place.shard is None:
+        place = self.place_of(parameter)
+        if place.shard is None:
             return layout
         return sliced(layout, place.way, place.shard)
 
@@ -262,14 +188,14 @@ class Sharding:
         All ranks must ask for all of them. First come those that are updated in place, then, in
         rounds, those that are gathered: each rank gets the one that it owns.
         """
-        near = [p for p in parameters if self.places[p].way != "whole"]
+        near = [p for p in parameters if self.place_of(p).way != "whole"]
         for parameter in near:
             self._standins[parameter] = self.standin(parameter)
         try:
             self._refresh(near, group, parts)
             yield near
             self._standins.clear()
-            for members in self._rounds([p for p in parameters if self.places[p].way == "whole"]):
+            for members in self._rounds([p for p in parameters if self.place_of(p).way == "whole"]):
                 yield self._gather_round(members)
                 self._scatter_round(members)
                 self._standins.clear()
@@ -360,7 +286,7 @@ class Sharding:
             return
         due = []
         for parameter in parameters:
-            if self.places[parameter].way == "slices":
+            if self.place_of(parameter).way == "slices":
                 state = state_of(self._optimizer, parameter, parts, group)
                 if refresh_is_due(self._optimizer, parameter, parts, state):
                     due.append(parameter)
@@ -374,7 +300,7 @@ class Sharding:
                 # As one process does: any basis, until there is a gradient to look at.
                 layout = self._optimizer.layout_of(parameter)
                 zero = torch.zeros(layout.whole or (), device=standin.weight.device)
-                standin.found = self._find(parameter, zero, group, parts)
+                standin.found = self._find(parameter, zero, None, group, parts)
         due = [p for p, is_blank in zip(due, blank, strict=True) if not is_blank]
         for start in range(0, len(due), self.ranks):
             self._find_round(due[start : start + self.ranks], group, parts)
@@ -387,14 +313,16 @@ class Sharding:
         assert finder is not None
         gradients = [self._with_error(parameter) for parameter in members]
         gathered = self._gather(gradients, members, range(len(members)))
+        momenta = self._gather_momenta(members, parts)
         pending, arriving = [], []
         for rank, parameter in enumerate(members):
             bucket, packed = self._bucket(parameter), {}
             layout, shard = bucket.layout, self._shard(parameter)
             if parameter in gathered:
-                found = self._find(parameter, gathered[parameter], group, parts)
+                whole = gathered[parameter], momenta.get(parameter)
+                found = self._find(parameter, *whole, group, parts)
                 packed = {name: value.contiguous() for name, value in finder.pack(found).items()}
-                self._count("basis", *packed.values())
+                self._count("basis", *(list(packed.values()) * (shard.ranks - 1)))
             for item in finder.declare(layout):
                 if parameter not in gathered:
                     kind = torch.int64 if item.dtype == torch.int32 else bucket.dtype
@@ -414,14 +342,39 @@ class Sharding:
     def _with_error(self, parameter: Tensor) -> Tensor:
         """A piece of the gradient with the error that is fed back to it."""
         gradient, error = self._gradient(parameter), self._optimizer.state[parameter].get("error")
-        return gradient if error is None else gradient + error.to(gradient.dtype)
+        if error is None:
+            return gradient
+        dtype = compute_dtype(gradient.dtype)
+        return gradient.to(dtype) + error.to(dtype)
 
     def _bucket(self, parameter: Tensor) -> Bucket:
         state, layout = self._optimizer.state[parameter], self._optimizer.layout_of(parameter)
         return Bucket([local(parameter)], [], [state], [layout], state["step"] + 1, 1)
 
+    def _gather_momenta(
+        self, members: Sequence[Tensor], parts: Composition
+    ) -> dict[Tensor, Tensor]:
+        """First moments for finders that read them; those that this rank needs."""
+        finder, name = parts.finder, parts.inner.first_moment
+        if finder is None or not finder.reads_momentum or name is None:
+            return {}
+        pieces, owners, targets = [], [], []
+        for rank, parameter in enumerate(members):
+            state = self._optimizer.state[parameter]
+            # As in one process: none at the first refresh, or when the moments start with it.
+            if state["refreshed"] and state["step"] > state.get("restarted", 0):
+                pieces.append(state[name])
+                owners.append(parameter)
+                targets.append(rank)
+        return self._gather(pieces, owners, targets)
+
     def _find(
-        self, parameter: Tensor, gradient: Tensor, group: dict[str, Any], parts: Composition
+        self,
+        parameter: Tensor,
+        gradient: Tensor,
+        momentum: Tensor | None,
+        group: dict[str, Any],
+        parts: Composition,
     ) -> Subspace:
         """The subspace that one process would find."""
         finder, bucket = parts.finder, self._bucket(parameter)
@@ -432,10 +385,13 @@ class Sharding:
         previous = None
         if state["refreshed"][0]:
             previous = finder.unpack(state, layout, bucket.dtype, bucket.device)
+        if momentum is not None:
+            age = bucket.step - state.get("restarted", [0])[0]
+            momentum = momentum.to(bucket.dtype) * parts.inner.momentum_correction(age - 1)
         seeds = bucket.seeds(group["seed"], FIND)
         gradient = gradient.to(bucket.dtype)
         return finder.find(
-            Sight(gradient, layout, [layout], previous, None, seeds, state, bucket.step)
+            Sight(gradient, layout, [layout], previous, momentum, seeds, state, bucket.step)
         )
 
     # ------------------------------------------------------------------ agreeing
@@ -447,15 +403,19 @@ class Sharding:
         return next((shard.group for shard in shards if shard is not None), None)
 
     @property
+    def rank(self) -> int:
+        """Which of them this one is."""
+        return 0 if self.group is None else self.group.rank()
+
+    @property
     def ranks(self) -> int:
         """How many they are."""
         return 1 if self.group is None else self.group.size()
 
     def sum_scalars(self, parameters: Sequence[Tensor]) -> None:
         """Make sums over a piece, which are states without dimensions, sums over the parameter."""
-        partial = [
-            p for p in parameters if self.places[p].shard and self.places[p].way == "entries"
-        ]
+        places = ((p, self.place_of(p)) for p in parameters)
+        partial = [p for p, place in places if place.shard and place.way == "entries"]
         sums = [
             value
             for p in partial
@@ -475,13 +435,16 @@ class Sharding:
     def agree(self, flags: Sequence[bool | Tensor], *, everyone: bool) -> list[bool]:
         """For each flag, whether it is set on some rank, or on every one."""
         group = self.group
-        if group is None:
+        if group is None or not flags:
             return [bool(flag) for flag in flags]
         device = self._optimizer.param_groups[0]["params"][0].device
         seen = torch.stack([torch.as_tensor(flag, device=device).to(torch.int32) for flag in flags])
         self._count("sums", seen)
         dist.all_reduce(seen, dist.ReduceOp.MIN if everyone else dist.ReduceOp.MAX, group=group)
         return [bool(flag) for flag in seen.tolist()]
+
+
+_WHOLE_HERE = Place(None, "entries")
 
 
 def _wait(pending: Sequence[dist.Work | None]) -> None:

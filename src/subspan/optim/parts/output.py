@@ -34,6 +34,11 @@ class Remainder:
     # Whether the rows (right) or columns (left) of the residual can be treated apart.
     works_on_slices: ClassVar[bool] = True
 
+    @property
+    def norms(self) -> int:
+        """Numbers per matrix that its pieces have to add up in a step."""
+        return 0
+
     def declare(self, layout: Layout) -> tuple[StateDeclaration, ...]:
         """The state kept for a parameter of that layout."""
         return ()
@@ -73,6 +78,11 @@ class NormScaled(Remainder):
 
     def __post_init__(self) -> None:
         check_growth_limit(self.growth_limit)
+
+    @property
+    def norms(self) -> int:
+        """The one that the limiter looks at."""
+        return int(self.growth_limit is not None)
 
     def declare(self, layout: Layout) -> tuple[StateDeclaration, ...]:
         """The limiter's last norm."""
@@ -204,6 +214,7 @@ class Lift:
     scale: float = 1.0
 
     lifts: ClassVar[bool] = True
+    norms: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         check_non_negative(scale=self.scale)
@@ -223,6 +234,7 @@ class SignedLift:
     Lion, which takes the sign in full size)."""
 
     lifts: ClassVar[bool] = True
+    norms: ClassVar[int] = 0
 
     def declare(self, layout: Layout) -> tuple[StateDeclaration, ...]:
         """No state."""
@@ -263,6 +275,11 @@ class RescaledGradient:
         check_growth_limit(self.growth_limit)
         if self.granularity not in ("channel", "tensor"):
             raise ValueError(f"scale_type={self.granularity!r} must be channel or tensor")
+
+    @property
+    def norms(self) -> int:
+        """See `Remainder.norms`: those of "tensor", and the one that the limiter looks at."""
+        return 2 * (self.granularity == "tensor") + (self.growth_limit is not None)
 
     def declare(self, layout: Layout) -> tuple[StateDeclaration, ...]:
         """The limiter's last norm."""
