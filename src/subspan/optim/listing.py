@@ -37,7 +37,8 @@ def declared_bytes(optimizer: SubspaceOptimizer, parameter: Tensor) -> dict[str,
     """
     layout, parts = optimizer.layout_of(parameter), optimizer.parts_of(parameter)
     sizes: dict[str, int] = {}
-    slots = parts.slots(layout, parameter.dtype) if parts else {}
+    here = optimizer.sharding is None or optimizer.sharding.is_mine(parameter)
+    slots = parts.slots(layout, parameter.dtype) if parts and here else {}
     for kind, (shape, dtype) in slots.values():
         sizes[kind] = sizes.get(kind, 0) + math.prod(shape) * dtype.itemsize
     return sizes
@@ -52,8 +53,9 @@ def memory(optimizer: SubspaceOptimizer) -> dict[str, int]:
     weights = gradients = largest = 0
     state: dict[str, int] = {}
     for parameter in (member for group in optimizer.param_groups for member in group["params"]):
-        weights += weight_bytes(parameter)
-        gradient = parameter.numel() * parameter.dtype.itemsize
+        weight = optimizer.weight_of(parameter)
+        weights += weight_bytes(weight)
+        gradient = weight.numel() * parameter.dtype.itemsize
         gradients, largest = gradients + gradient, max(largest, gradient)
         for kind, size in declared_bytes(optimizer, parameter).items():
             state[kind] = state.get(kind, 0) + size
