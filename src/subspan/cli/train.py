@@ -50,9 +50,12 @@ def train(
     device: flags.Device = None,
     threads: flags.Threads = None,
     compile_model: flags.Compile = None,
+    parallel: flags.Parallel = None,
+    projected_gradients: flags.ProjectedGradients = None,
     tensorboard: flags.TensorBoard = None,
 ) -> None:
     """Train one model with one method; the same command goes on with an interrupted run."""
+    from subspan.train import distributed
     from subspan.train.job import run_job
     from subspan.train.overrides import fields, train_config
     from subspan.train.yamlfile import dump_yaml
@@ -60,9 +63,10 @@ def train(
     given = {k: v for k, v in context.params.items() if k not in _NOT_FIELDS}
     given["compile"] = given.pop("compile_model")
     resolved = train_config(config, fields(given, setting or ()), resume)
-    out = console(quiet)
+    out = console(quiet or distributed.rank() > 0)
     out.print(dump_yaml(resolved.model_dump(mode="json")), highlight=False, markup=False)
     result = run_job(resolved, out)
+    distributed.leave()
     out.print(
         f"validation loss {result['validation_loss']:.4f}, perplexity {result['perplexity']:.2f}; "
         f"everything is in {resolved.output}",

@@ -18,6 +18,7 @@ from typing import Any
 from subspan.train import runfolder
 from subspan.train.config import CompareConfig, TrainConfig
 from subspan.train.corpora import check_corpus
+from subspan.train.distributed import world_size
 from subspan.train.errors import JobError
 from subspan.train.files import write_json, write_text
 from subspan.train.job import check_method
@@ -104,6 +105,8 @@ def compare(
     Raises:
         JobError: bad configuration, or a folder that holds another comparison. Nothing has run.
     """
+    if world_size() > 1:
+        raise JobError("a comparison starts one process per arm itself; run it without torchrun")
     watcher = watcher or Watcher()
     arms = plan_arms(config, methods)
     folder = Path(config.output)

@@ -124,6 +124,18 @@ Compile = Annotated[
     bool | None,
     typer.Option("--compile/--no-compile", help="Compile the model.", rich_help_panel=_RUN),
 ]
+Parallel = Annotated[
+    str | None,
+    typer.Option("--parallel", help="With several processes: fsdp, ddp.", rich_help_panel=_RUN),
+]
+ProjectedGradients = Annotated[
+    bool | None,
+    typer.Option(
+        "--projected-gradients/--no-projected-gradients",
+        help="With ddp, send coordinates instead of gradients.",
+        rich_help_panel=_RUN,
+    ),
+]
 TensorBoard = Annotated[
     bool | None,
     typer.Option("--tensorboard/--no-tensorboard", help="Write events.", rich_help_panel=_RUN),

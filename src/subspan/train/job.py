@@ -7,7 +7,6 @@ tensorboard/, checkpoints/, final/ (model and tokenizer in the Hugging Face layo
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from subspan.train import runfolder
+from subspan.train import distributed, runfolder
 from subspan.train.config import TrainConfig
 from subspan.train.errors import JobError, is_disk_full, one_line
 from subspan.train.files import new_folder, write_json
@@ -52,7 +51,19 @@ def run_job(config: TrainConfig, console: Console | None = None) -> dict[str, An
 
     Raises:
         JobError: bad input, an output folder that holds another run, a full disk, divergence.
+
+    Under torchrun or `accelerate launch` every process calls it and gets the result.
     """
+    if distributed.world_size() == 1:
+        return _run_job(config, console)
+    from subspan.train.followers import follow
+
+    return distributed.over_processes(
+        config, lambda: _run_job(config, console), lambda: follow(config)
+    )
+
+
+def _run_job(config: TrainConfig, console: Console | None) -> dict[str, Any]:
     console = console or Console(stderr=True)
     folder = Path(config.output)
     config = _check(config)
@@ -109,11 +120,7 @@ def check_method(method: str, hyper: dict[str, Any]) -> str:
 def _check(config: TrainConfig) -> TrainConfig:
     """Refuse what can be refused before text is read and libraries are loaded."""
     check_model_name(config.model)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise JobError(
-            "subspan train runs in one process; for several, use subspan.train.SubspanTrainer in "
-            "a script of your own"
-        )
+    distributed.check(config)
     return config.model_copy(update={"method": check_method(config.method, config.hyper())})
 
 
@@ -125,6 +132,8 @@ def _quiet_libraries() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    # One process may go on with what several have written.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 def _prepare(config: TrainConfig, console: Console) -> Inputs:
@@ -172,8 +181,9 @@ def _train(config: TrainConfig, folder: Path, inputs: Inputs, console: Console) 
     from subspan.train.progress import RunProgress
     from subspan.train.session import StepProgress, make_trainer, state_bytes
 
+    distributed.call_others()  # From here on `followers.follow` does the same beside this.
     trainer = make_trainer(config, folder, inputs)
-    last = last_complete(folder / runfolder.CHECKPOINTS)
+    last = distributed.agreed(last_complete(folder / runfolder.CHECKPOINTS))
     if last is not None:
         check_resumable(last, trainer.identity())
     _record_inputs(folder, config, inputs.record)
@@ -203,8 +213,12 @@ def _train(config: TrainConfig, folder: Path, inputs: Inputs, console: Console) 
         trainer.train(resume_from_checkpoint=str(last) if last else None)
         peak = peak_memory()
     _save_final(trainer, folder)
-    result = _result(config, inputs.record, lines, state_bytes(trainer)) | describe()
-    result["peak_memory_bytes"] = peak
+    # Of the process that needs the most.
+    sizes, peaks = zip(*distributed.gathered((state_bytes(trainer), peak)), strict=True)
+    largest = max(sizes, key=lambda size: size["total"])
+    result = _result(config, inputs.record, lines, largest) | describe()
+    result["peak_memory_bytes"] = max(peaks, key=lambda each: each["process"])
+    result["processes"] = distributed.world_size()
     write_json(folder / runfolder.RESULT, result)
     return result
 
@@ -228,6 +242,9 @@ def _save_final(trainer: Any, folder: Path) -> None:
     from subspan.layers import dequantise_linear
 
     final = folder / runfolder.FINAL
+    if distributed.world_size() > 1:
+        distributed.save_final(trainer, folder)
+        return
     dequantise_linear(trainer.model)
     shutil.rmtree(final, ignore_errors=True)
     with new_folder(final) as temporary:
