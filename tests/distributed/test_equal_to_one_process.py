@@ -20,6 +20,8 @@ from sharded_problem import (
 )
 from worker_pool import Pool
 
+from subspan.optim import lookup
+
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 ROUNDING = 6e-8  # half a unit in the last place of float32
@@ -46,7 +48,8 @@ class Runs:
         (they divide by moments of entries that are nearly zero, or choose between nearly equal
         columns), so where the plain run is not met, the run of one process counts that sums the
         same parts, and, if need be, ten times what the order of its sums and an error of one
-        rounding do to it.
+        rounding do to it. States in few bits jump from code to code, which takes a larger error to
+        see in one try.
         """
         error = difference(weights, self._alone(method))
         if error < 1e-5:
@@ -55,7 +58,10 @@ class Runs:
         error = difference(weights, expected)
         if error < 1e-5:
             return
-        assert error < 10.0 * difference(self._alone(method, parts, ROUNDING), expected)
+        recipe = lookup(method)
+        jumps = 100.0 if recipe.compose(recipe.defaults).storage.low_bit else 1.0
+        noisy = self._alone(method, parts, jumps * ROUNDING)
+        assert error < 10.0 * difference(noisy, expected)
 
 
 @pytest.fixture(scope="session")
