@@ -5,7 +5,7 @@ Nothing here names a recipe: a method enters the suite by being registered.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -54,19 +54,31 @@ def options_for(method: str, **more: Any) -> dict[str, Any]:
 
 
 class Problem:
-    """A model, its optimizer, and a way to take steps on the text."""
+    """A model, its optimizer, and a way to take steps on the text.
+
+    `prepare` is called with the model before the optimizer is built; `share` is which of how many
+    equal parts of every batch the loss is of.
+    """
 
     def __init__(
-        self, method: str, dtype: torch.dtype = torch.float32, seed: int = 0, **options: Any
+        self,
+        method: str,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        prepare: Callable[[Tiny], object] = lambda model: None,
+        share: tuple[int, int] = (0, 1),
+        **options: Any,
     ) -> None:
         torch.manual_seed(seed)
-        self.model = Tiny().to(dtype)
+        self.model, self.share = Tiny().to(dtype), share
+        prepare(self.model)
         self.optimizer = optim.for_model(self.model, method, **options_for(method, **options))
         data = torch.tensor(list(TEXT.encode()))
         self.windows = data[: len(data) // 34 * 34].view(-1, 34)
 
     def loss(self, step: int) -> Tensor:
-        rows = self.windows[[(4 * step + i) % len(self.windows) for i in range(4)]]
+        places = torch.arange(4 * step, 4 * step + 4) % len(self.windows)
+        rows = self.windows[places.chunk(self.share[1])[self.share[0]]]
         logits = self.model(rows[:, :-1]).float()
         return nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 3:].flatten())
 

@@ -213,19 +213,3 @@ def test_scale_changed_in_the_middle_of_a_run_takes_effect(method):
     changed.run([2])
     kept.run([2])
     assert not torch.equal(changed.model.first.weight, kept.model.first.weight)
-
-
-def test_sharded_parameter_is_refused_at_construction(method, tmp_path):
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, distribute_tensor
-
-    store = dist.FileStore(str(tmp_path / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        weight = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Replicate()]))
-        with pytest.raises(TypeError, match="sharded"):
-            optim.build(method, [weight], **options_for(method))
-    finally:
-        dist.destroy_process_group()

@@ -46,7 +46,8 @@ app.add_typer(data.app, name="data")
 
 def main() -> None:
     """Run the command line; bad input ends with one line on stderr and a non-zero status."""
-    from subspan.train.errors import JobError, one_line
+    from subspan.train.distributed import rank, world_size
+    from subspan.train.errors import ElsewhereError, JobError, one_line
 
     # A request to end is handled like Ctrl-C, so that the process of an arm ends with its parent.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -54,10 +55,14 @@ def main() -> None:
         status = app(standalone_mode=False)
         if status == INTERRUPTED:  # Some versions of typer turn the exception into a status.
             raise KeyboardInterrupt
+    except ElsewhereError:
+        sys.exit(2)
     except JobError as error:
-        fail(one_line(error), status=2)
+        who = f"process {rank()}: " if rank() else ""
+        fail(who + one_line(error), status=2)
     except (KeyboardInterrupt, typer.Abort):
-        fail("interrupted; the same command goes on from the last checkpoint", status=INTERRUPTED)
+        why = "interrupted" if world_size() == 1 else "ended from outside (see torchrun's report)"
+        fail(f"{why}; the same command goes on from the last checkpoint", status=INTERRUPTED)
     except ModuleNotFoundError as error:
         if (error.name or "subspan").startswith("subspan"):
             raise

@@ -56,9 +56,12 @@ def train(
     compile_model: flags.Compile = None,
     track: flags.Track = None,
     record_subspaces: flags.RecordSubspaces = None,
+    parallel: flags.Parallel = None,
+    projected_gradients: flags.ProjectedGradients = None,
 ) -> None:
     """Train one model with one method; the same command goes on with an interrupted run."""
     from subspan.report import build_report
+    from subspan.train import distributed
     from subspan.train.files import write_text
     from subspan.train.job import run_job
     from subspan.train.overrides import fields, train_config
@@ -67,9 +70,12 @@ def train(
     given = {k: v for k, v in context.params.items() if k not in _NOT_FIELDS}
     given["compile"] = given.pop("compile_model")
     resolved = train_config(config, fields(given, setting or ()), resume)
-    out = console(quiet)
+    out = console(quiet or distributed.rank() > 0)
     out.print(dump_yaml(resolved.model_dump(mode="json")), highlight=False, markup=False)
     result = run_job(resolved, out, until)
+    if result is not None and distributed.rank() == 0:
+        write_text(Path(resolved.output) / "report.html", build_report([resolved.output]))
+    distributed.leave()
     if result is None:
         out.print(
             f"stopped at step {until} of {resolved.total_steps}; the same command without --until "
@@ -78,7 +84,6 @@ def train(
             soft_wrap=True,
         )
         return
-    write_text(Path(resolved.output) / "report.html", build_report([resolved.output]))
     out.print(
         f"validation loss {result['validation_loss']:.4f}, perplexity {result['perplexity']:.2f}; "
         f"everything is in {resolved.output}",

@@ -9,6 +9,7 @@ from subspan.optim.effopd import EffOPD
 from subspan.optim.engine import SubspaceOptimizer
 from subspan.optim.model import for_model
 from subspan.optim.parts.polynomial import Curvature
+from subspan.optim.placing import shard_placement
 from subspan.optim.recipes import (
     APOLLO,
     COAP,
@@ -93,4 +94,5 @@ __all__ = [
     "methods",
     "param_groups_for_model",
     "recipe",
+    "shard_placement",
 ]

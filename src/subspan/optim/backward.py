@@ -153,22 +153,7 @@ class BackwardUpdates:
         parameter.grad = None
 
     def _bucket(self, parameter: Tensor) -> tuple[Bucket, Composition] | None:
-        """The bucket of a matrix whose subspace stays in this step; None for all others."""
-        optimizer = self._optimizer
-        layout, parts = optimizer.layout_of(parameter), optimizer.parts_of(parameter)
-        state = optimizer.state[parameter]
-        usable = parts is not None and layout.projected and parts.finder is not None
-        if parts is None or not usable or not state.get("refreshed"):
-            return None
-        if "period" in state:  # of an activity, whose next one starts from a whole gradient
-            return None
-        if refresh_is_due(optimizer, parameter, parts, state):
-            return None
-        step = state["step"] + 1
-        age = step - state.get("restarted", 0)
-        return Bucket(
-            [parameter], [], [state], [layout], step, age, codecs=parts.codecs(layout)
-        ), parts
+        return steady(self._optimizer, parameter)
 
     def _subspace(self, bucket: Bucket, parts: Composition) -> Subspace:
         assert parts.finder is not None
@@ -260,6 +245,23 @@ def _waits(accumulation_steps: int, max_norm: float | None, clipping: Clipping) 
     return accumulation_steps != 1 or (max_norm is not None and clipping != "each")
 
 
+def steady(optimizer: SubspaceOptimizer, parameter: Tensor) -> tuple[Bucket, Composition] | None:
+    """The bucket of a matrix whose subspace stays in the coming step; None for all others."""
+    layout, parts = optimizer.layout_of(parameter), optimizer.parts_of(parameter)
+    state = optimizer.state[parameter]
+    usable = parts is not None and layout.projected and parts.finder is not None
+    if parts is None or not usable or not state.get("refreshed"):
+        return None
+    if "period" in state:  # of an activity, whose next one starts from a whole gradient
+        return None
+    if refresh_is_due(optimizer, parameter, parts, state):
+        return None
+    step = state["step"] + 1
+    age = step - state.get("restarted", 0)
+    codecs = parts.codecs(layout)
+    return Bucket([parameter], [], [state], [layout], step, age, codecs=codecs), parts
+
+
 def check_attachable(
     optimizer: SubspaceOptimizer,
     accumulation_steps: int = 1,
@@ -273,6 +275,12 @@ def check_attachable(
         ValueError: for arguments, or a method, that it does not allow.
         RuntimeError: with several processes.
     """
+    if optimizer.sharding is not None:
+        raise ValueError(
+            "the parameters are sharded, and an update in the backward pass would need their "
+            "gradients in the same order on every rank: take ordinary steps, for which FSDP2 keeps "
+            "sharded gradients only"
+        )
     steps = accumulation_steps
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"accumulation_steps={steps!r} must be an integer of at least 1")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,10 @@ from subspan import linalg
 from subspan.optim.parts.storage import Codec
 from subspan.optim.parts.workspace import Workspace
 from subspan.subspaces.layout import Layout, StateDeclaration
+
+if TYPE_CHECKING:
+    from subspan.optim.sharding import Sharding
+    from subspan.subspaces.bases import Subspace
 
 BASIS_NAMES = frozenset(("basis", "basis_left", "basis_right", "index"))
 Codecs = dict[str, tuple[Codec, StateDeclaration]]
@@ -43,6 +47,8 @@ class Bucket:
         blank: whether it is put off because the gradient is zero.
         codecs: of the states that are held in few bits.
         coordinates: given instead of gradients when they were summed inside the subspace.
+        found: the new subspace if it was found before, from more than the bucket holds.
+        sharding: sums over all ranks when the bucket holds one rank's piece; else None.
     """
 
     weights: list[Tensor]
@@ -55,6 +61,8 @@ class Bucket:
     blank: bool = False
     codecs: Codecs = field(default_factory=dict)
     coordinates: list[Tensor] = field(default_factory=list)
+    found: Subspace | None = None
+    sharding: Sharding | None = None
 
     @classmethod
     def joined(cls, buckets: Sequence[Bucket]) -> Bucket:
@@ -188,7 +196,11 @@ class Bucket:
         ]
 
     def _generator(self, row: int, seed: int, purpose: int) -> torch.Generator:
-        return linalg.generator(self.seeds(seed, purpose)[row], self.device)
+        drawn = self.seeds(seed, purpose)[row]
+        if self.sharding is not None:
+            # Pieces of one parameter must not draw the same rounding noise.
+            drawn = linalg.derive_seed(drawn, self.sharding.rank)
+        return linalg.generator(drawn, self.device)
 
 
 def write(target: Tensor, value: Tensor, draw: torch.Generator | None) -> None:

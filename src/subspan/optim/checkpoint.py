@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from subspan.optim import sharded_state
 from subspan.optim.bucket import is_quantised
 from subspan.subspaces.layout import Layout
 
@@ -103,6 +104,8 @@ def _matched_state(
         if key not in saved_state:
             continue
         saved = saved_state[key]
+        if optimizer.sharding is not None:
+            saved = sharded_state.gather(optimizer, parameter, saved)
         active = bool(saved.get("active", 1))
         layout = optimizer.layout_in(parameter, active)
         if "rank" in saved:  # chosen by energy in the run that was saved
@@ -126,17 +129,18 @@ def _matched_state(
                     f"{name!r} of parameter {layout.name!r} has shape {tuple(value.shape)} in the "
                     f"checkpoint, {shape} in this optimizer: rank, side or model differ"
                 )
-            like = shape == parameter.shape and not is_quantised(parameter)
-            target = torch.zeros_like(parameter, dtype=dtype) if like else None
+            weight = optimizer.weight_of(parameter)
+            like = shape == weight.shape and not is_quantised(weight)
+            target = torch.zeros_like(weight, dtype=dtype) if like else None
             copy = (
-                torch.empty(shape, dtype=dtype, device=parameter.device)
-                if target is None
-                else target
+                torch.empty(shape, dtype=dtype, device=weight.device) if target is None else target
             )
             state[name] = copy.copy_(value)
         missing = [name for name in slots if name not in state]
         if missing and "step" in state:
             raise ValueError(f"the checkpoint lacks {missing[0]!r} for parameter {layout.name!r}")
+        if optimizer.sharding is not None:
+            state = sharded_state.kept(optimizer, parameter, state)
         loaded[parameter] = state
     for parameter, layout in layouts.items():
         optimizer.set_layout(parameter, layout)

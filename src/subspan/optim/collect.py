@@ -12,6 +12,7 @@ from torch import Tensor
 from subspan.optim.bucket import Bucket, is_quantised, keep_numbers, pieces
 from subspan.optim.composition import Composition
 from subspan.optim.parts.activity import Activity
+from subspan.optim.sharding import Standin
 from subspan.subspaces.layout import Layout
 
 if TYPE_CHECKING:
@@ -47,23 +48,30 @@ def gradients_are_usable(
     for group, parts, parameters in work:
         fresh = parts.activity is not None and _starts_period(parts.activity, group["steps"])
         for parameter in parameters:
-            gradient = parameter.grad
-            if gradient is None:
+            if parameter.grad is None:
                 continue
             layout = optimizer.layout_of(parameter)
-            if gradient.is_sparse:
+            if parameter.grad.is_sparse:
                 raise RuntimeError(
                     f"parameter {layout.name!r} has a sparse gradient: use sparse=False in its "
                     "embedding, or torch.optim.SparseAdam for it"
                 )
             optimizer.check_home(parameter)
+            gradient = optimizer.held(parameter).gradient
+            # What one rank finds in its piece, all have to know before any of them has changed.
             late = checked_in_bucket(group, parameter.device) and not fresh
+            late = late and optimizer.sharding is None
             if group["nonfinite"] != "ignore" and not late:
                 sums.setdefault(gradient.device, []).append(_sum(gradient).abs().float())
                 checked.append((parameter, gradient, group["nonfinite"]))
-    if all(bool(torch.stack(values).isfinite().all()) for values in sums.values()):
-        return True
-    bad = [(p, policy) for p, gradient, policy in checked if not gradient.isfinite().all()]
+    if optimizer.sharding is None:
+        if all(bool(torch.stack(values).isfinite().all()) for values in sums.values()):
+            return True
+        found = [not gradient.isfinite().all() for _, gradient, _ in checked]
+    else:
+        flags = [~value.isfinite() for values in sums.values() for value in values]
+        found = optimizer.sharding.agree(flags, everyone=False)
+    bad = [(p, policy) for (p, _, policy), is_bad in zip(checked, found, strict=True) if is_bad]
     for parameter, policy in bad:
         if policy == "raise":
             raise bad_gradient(optimizer.layout_of(parameter).name)
@@ -201,7 +209,7 @@ def buckets(
                 yield from cut
                 keep_numbers(bucket, cut[-1])
             continue
-        shape = (layout.view, layout.side, layout.rank, layout.mode_ranks)
+        shape = (layout.view, layout.whole, layout.side, layout.rank, layout.mode_ranks)
         kind = (parameter.dtype, parameter.device, bucket.gradients[0].dtype)
         history = (bucket.step, bucket.age, bucket.due, bucket.blank)
         found = state.get("refreshed", 1) > 0
@@ -236,18 +244,27 @@ def bucket_of(
     """The bucket of one parameter, for its gradient or the one that is given."""
     layout = optimizer.layout_of(parameter)
     state = state_of(optimizer, parameter, parts, group)
-    gradient = parameter.grad if gradient is None else gradient
-    assert gradient is not None
+    held = optimizer.held(parameter) if gradient is None else Standin(parameter, gradient)
     step = state["step"] + 1
     due = blank = False
     if parts.finder is not None:
         due = refresh_is_due(optimizer, parameter, parts, state)
         # A zero gradient carries no subspace: the old one stays, the next step looks again.
-        blank = due and parts.finder.reads_gradient and _is_zero(gradient)
+        blank = due and parts.finder.reads_gradient
+        blank = blank and (_is_zero(held.gradient) if held.blank is None else held.blank)
     age = step - state.get("restarted", 0)
-    weights, gradients = [real(parameter)], [real(gradient)]
     return Bucket(
-        weights, gradients, [state], [layout], step, age, due, blank, parts.codecs(layout)
+        [real(held.weight)],
+        [real(held.gradient)],
+        [state],
+        [layout],
+        step,
+        age,
+        due,
+        blank,
+        parts.codecs(layout),
+        found=held.found,
+        sharding=optimizer.sharding if layout.whole else None,
     )
 
 
@@ -265,7 +282,8 @@ def _batches(members: list[Bucket], largest: int) -> Iterator[Bucket]:
     first = members[0]
     size = first.layout.natural_size
     whole = first.device.type == "cpu" and size >= SMALL
-    single = whole or not first.layout.is_matrix
+    # Pieces differ in size between ranks, which must sum the same things in the same order.
+    single = whole or not first.layout.is_matrix or first.sharding is not None
     length = 1 if single else max(1, largest // max(1, size))
     for start in range(0, len(members), length):
         yield Bucket.joined(members[start : start + length])
@@ -309,7 +327,7 @@ def state_of(
                 state["seed"] = group["seed"] + layout.index + 1
             state.update(parts.refresh.counters())
         state.update(parts.inner.counters(layout))
-        allocate(layout, parameter, parts, state)
+        allocate(layout, optimizer.weight_of(parameter), parts, state)
     return state
 
 

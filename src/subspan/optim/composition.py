@@ -295,6 +295,48 @@ class Composition:
             and self.clip_rms is None
         )
 
+    def works_on_slices(self, layout: Layout, dim: int) -> bool:
+        """Whether the pieces of a matrix cut along `dim` can be updated apart from each other.
+
+        Rows (columns) of coordinates, moments and residual then belong to those of the matrix; only
+        the basis, which every piece needs whole, and norms of the matrix are common.
+
+        Args:
+            layout: of the whole parameter.
+            dim: 0 or 1.
+        """
+        if len(layout.natural) > 2 or not self._steps_on_slices(layout, dim):
+            return False
+        finder = self.finder
+        if finder is None:
+            return True
+        planned = type(self.refresh)
+        return (
+            layout.side == ("right", "left")[dim]
+            # Sending a new basis to all ranks in every step costs more than gathering the matrix.
+            and not (finder.reads_gradient and finder.form == "dense" and self.refresh == Every(1))
+            and not finder.follows
+            and all(item.kind == "basis" for item in finder.declare(layout))
+            and planned.drifted is Refresh.drifted
+            and planned.found is Refresh.found
+            and not planned.declare(self.refresh, layout)
+            and self.remainder.works_on_slices
+            and not self.complement
+        )
+
+    def _steps_on_slices(self, layout: Layout, dim: int) -> bool:
+        """The same of all that has nothing to do with a subspace."""
+        normaliser = self.normaliser
+        return (
+            self.inner.elementwise
+            and not self.inner.concludes
+            and (normaliser is None or normaliser.works_on_slices(layout, dim))
+            and self.parameter_scale is None
+            and self.clip_rms is None
+            and self.activity is None
+            and not self.storage.low_bit
+        )
+
     @property
     def shows_bad_gradients(self) -> bool:
         """Whether NaN or infinity in a gradient shows in its coordinates before any state changes.

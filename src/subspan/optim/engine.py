@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from subspan.optim import checkpoint, listing
+from subspan.optim import checkpoint, listing, sharded_state
 from subspan.optim.apply import apply_update, root_mean_square
 from subspan.optim.backward import BackwardUpdates, Clipping
 from subspan.optim.bucket import Bucket
@@ -169,8 +169,11 @@ class SubspaceOptimizer(Roster):
         for group, composition, members in plan:
             adapt_ranks(self, group, composition, members)
             for parts, own in assignments(self, group, composition, members):
-                for bucket in buckets(self, own, group, parts, self._largest):
-                    self._update(bucket, parts, group, work)
+                for ready in (
+                    [own] if self.sharding is None else self.sharding.presented(own, group, parts)
+                ):
+                    for bucket in buckets(self, ready, group, parts, self._largest):
+                        self._update(bucket, parts, group, work)
 
     def conclude(self, parameters: Iterable[Tensor]) -> None:
         """What follows when all parameters of a step have been updated."""
@@ -182,10 +185,10 @@ class SubspaceOptimizer(Roster):
         concluding = [(c.inner, members) for _, c, members in plan if c.inner.concludes]
         while concluding:
             inner = concluding[0][0]
-            states = [
-                self.state[p] for other, members in concluding if other == inner for p in members
-            ]
-            inner.conclude(states)
+            members = [p for other, own in concluding if other == inner for p in own]
+            if self.sharding is not None:
+                self.sharding.sum_scalars(members)
+            inner.conclude([self.state[p] for p in members])
             concluding = [item for item in concluding if item[0] != inner]
 
     def update_bucket(
@@ -227,7 +230,9 @@ class SubspaceOptimizer(Roster):
             direction.value = work.like(direction.value).copy_(direction.value)
         update = Update(direction.value, direction.step)
         if seen.subspace is not None:
-            scene = Scene(seen, direction, bucket.layout, state, parts.inner, rate, work)
+            scene = Scene(
+                seen, direction, bucket.layout, state, parts.inner, rate, work, bucket.sharding
+            )
             update = parts.output.form(scene, parts.remainder)
         apply_update(weight, update, seen, state, lr, group["weight_decay"], parts, work)
 
@@ -262,7 +267,10 @@ class SubspaceOptimizer(Roster):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's, but plain tensors, numbers and text: loads with `weights_only`."""
-        return checkpoint.plain(super().state_dict())
+        own = super().state_dict()
+        if self.sharding is not None and self.sharding.group is not None:
+            own = sharded_state.spread(self, own)
+        return checkpoint.plain(own)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned; training continues bit for bit.
@@ -301,6 +309,7 @@ class SubspaceOptimizer(Roster):
             "_homes",
             "_positions",
             "_compositions",
+            "sharding",
         )
         own = {name: getattr(self, name) for name in kept}
         return {**super().__getstate__(), **own, "_backward": None}

@@ -41,21 +41,6 @@ def unique(parameters: Any) -> list[Any]:
     return list(seen.values())
 
 
-def check_parameters(parameters: list[Any]) -> None:
-    """Refuse tensors that the engine cannot update.
-
-    Raises:
-        TypeError: for sharded parameters.
-    """
-    for item in parameters:
-        tensor = item[1] if isinstance(item, tuple) else item
-        if type(tensor).__name__ == "DTensor":
-            raise TypeError(
-                "a parameter is sharded (DTensor): sharded parameters are not supported yet; use "
-                "DistributedDataParallel, which keeps whole parameters on every rank"
-            )
-
-
 def is_projected(
     group: dict[str, Any], composition: Composition, parameter: Tensor, name: str | None
 ) -> bool:

@@ -50,7 +50,8 @@ def declared_bytes(
             optimizer.parts_in(parameter, active),
         )
     sizes: dict[str, int] = {}
-    slots = parts.slots(layout, parameter.dtype) if parts else {}
+    here = optimizer.sharding is None or optimizer.sharding.is_mine(parameter)
+    slots = parts.slots(layout, parameter.dtype) if parts and here else {}
     for kind, (shape, dtype) in slots.values():
         sizes[kind] = sizes.get(kind, 0) + math.prod(shape) * dtype.itemsize
     return sizes
@@ -103,9 +104,11 @@ def memory(optimizer: SubspaceOptimizer) -> dict[str, int]:
     weights = gradients = largest = 0
     state: dict[str, int] = {}
     for parameter, active in active_in(optimizer, 0).items():
-        weights += weight_bytes(parameter)
-        rests = optimizer.parts_in(parameter, active) is None
-        gradient = 0 if rests else parameter.numel() * parameter.dtype.itemsize
+        weight = optimizer.weight_of(parameter)
+        weights += weight_bytes(weight)
+        # Sharded parameters that rest have gradients all the same.
+        rests = optimizer.sharding is None and optimizer.parts_in(parameter, active) is None
+        gradient = 0 if rests else weight.numel() * parameter.dtype.itemsize
         gradients, largest = gradients + gradient, max(largest, gradient)
         for kind, size in declared_bytes(optimizer, parameter, active).items():
             state[kind] = state.get(kind, 0) + size

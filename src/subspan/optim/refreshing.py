@@ -119,7 +119,7 @@ def _in_force(
         bucket.step,
         scratch=work.like,
     )
-    found = finder.find(sight)
+    found = finder.find(sight) if bucket.found is None else bucket.found
     stacked = len(layout.view) > 2 and layout.side != "modes" and finder.reads_gradient
     if stacked and isinstance(found, Dense) and isinstance(previous, Dense):
         # Single matrices of a stack may have no gradient (experts that saw no token).

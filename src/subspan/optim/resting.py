@@ -56,6 +56,9 @@ def follow_activity(
         activity: says who is active.
         before: step count of the group that `requires_grad` follows so far; None: no one rests.
     """
+    if optimizer.sharding is not None:
+        # FSDP2 looks at `requires_grad` once, when it first gathers a parameter.
+        return
     everyone = optimizer.projected(group)
     layouts = [optimizer.layout_of(parameter) for parameter in everyone]
     period = activity.period(group["steps"])

@@ -14,12 +14,13 @@ from subspan.optim.bucket import Bucket
 from subspan.optim.composition import Composition
 from subspan.optim.groups import (
     check_exactness,
-    check_parameters,
     is_projected,
     lay_out,
     unique,
 )
+from subspan.optim.placing import is_sharded
 from subspan.optim.resting import follow_activity, rests, wake
+from subspan.optim.sharding import Sharding, Standin
 from subspan.subspaces.bases import Subspace
 from subspan.subspaces.layout import Layout
 from subspan.subspaces.ranks import EnergyRank
@@ -39,6 +40,7 @@ class Roster(torch.optim.Optimizer):
     def __init__(self, params: Parameters, **options: Any) -> None:
         self.recipe.check_options(options)
         self._largest = 0
+        self.sharding: Sharding | None = None
         self._layouts: dict[Tensor, Layout] = {}
         self._idle_layouts: dict[Tensor, Layout] = {}
         self._places: dict[Tensor, tuple[int, int]] = {}
@@ -59,7 +61,6 @@ class Roster(torch.optim.Optimizer):
         given = {key for key in param_group if key not in ("params", "param_names")}
         self.recipe.check_options(dict.fromkeys(given))
         param_group["params"] = unique(param_group["params"])
-        check_parameters(param_group["params"])
         wake(item[1] if isinstance(item, tuple) else item for item in param_group["params"])
         if param_group.get("rank") is not None and param_group.get("project") is None:
             param_group["project"] = True  # a group that sets a rank of its own means all of it
@@ -76,7 +77,10 @@ class Roster(torch.optim.Optimizer):
             self.param_groups.pop()
             for parameter in group["params"]:
                 self._layouts.pop(parameter, None)
+                self._idle_layouts.pop(parameter, None)
                 self._positions.pop(parameter, None)
+                if self.sharding is not None:
+                    self.sharding.forget(parameter)
             raise
         self._compositions.append((self._snapshot(group), composition))
         if composition.activity is not None and composition.activity.freezes:
@@ -88,13 +92,18 @@ class Roster(torch.optim.Optimizer):
         for parameter, name in zip(group["params"], names, strict=True):
             index = len(self._layouts)
             projected = is_projected(group, composition, parameter, name)
+            compositions = [composition, *filter(None, [composition.idle])]
             arguments = (parameter, name or str(index), index, projected)
-            self._layouts[parameter] = lay_out(group, composition, *arguments)
+            layouts = [lay_out(group, parts, *arguments) for parts in compositions]
+            layouts = self._place(parameter, layouts, compositions)
+            self._layouts[parameter] = layouts[0]
             if composition.idle is not None:
-                self._idle_layouts[parameter] = lay_out(group, composition.idle, *arguments)
+                self._idle_layouts[parameter] = layouts[1]
             self._homes[parameter] = (parameter.device, parameter.dtype)
             self._positions[parameter] = len(self._compositions)
             check_exactness(composition, self._layouts[parameter], parameter)
+        if self.sharding is not None:
+            self.sharding.share_out()
         self._largest = max((layout.natural_size for layout in self._layouts.values()), default=0)
         everyone = self.projected(group)
         self._places.update((p, (i, len(everyone))) for i, p in enumerate(everyone))
@@ -115,6 +124,30 @@ class Roster(torch.optim.Optimizer):
                     f"no parameter is called {name!r}; of the {len(known)} names those most like "
                     f"it are {', '.join(map(repr, closest))}"
                 )
+
+    def _place(
+        self, parameter: Tensor, layouts: list[Layout], compositions: list[Composition]
+    ) -> list[Layout]:
+        """The layouts of this rank's piece of a sharded parameter; of others, the same."""
+        if not is_sharded(parameter):
+            return layouts
+        if self.sharding is None:
+            self.sharding = Sharding(self)  # type: ignore[arg-type]
+        pairs = zip(layouts, compositions, strict=True)
+        return self.sharding.place(parameter, [(lay, c.parts_for(lay)) for lay, c in pairs])
+
+    def weight_of(self, parameter: Tensor) -> Tensor:
+        """The weight that a step works on: the parameter, or what stands in for it."""
+        if self.sharding is not None and is_sharded(parameter):
+            return self.sharding.weight(parameter)
+        return parameter
+
+    def held(self, parameter: Tensor) -> Standin:
+        """The same with its gradient, which there must be."""
+        if self.sharding is not None and is_sharded(parameter):
+            return self.sharding.standin(parameter)
+        assert parameter.grad is not None
+        return Standin(parameter, parameter.grad)
 
     def projected(self, group: dict[str, Any]) -> list[Tensor]:
         """The parameters of a group to which the recipe's subspace or activity applies."""
@@ -189,10 +222,13 @@ class Roster(torch.optim.Optimizer):
         for parameter in group["params"]:
             old = self._layouts[parameter]
             layout = lay_out(group, new, parameter, old.name, old.index, old.projected)
+            if self.sharding is not None:
+                layout = self.sharding.as_placed(parameter, layout)
             if isinstance(new.rank, EnergyRank):
                 layout = replace(layout, rank=old.rank)
             before, after = composition.parts_for(old), new.parts_for(layout)
             same_state = before.declarations(old) == after.declarations(layout)
+            same_state &= self.sharding is None or self.sharding.keeps_way(parameter, old, after)
             if layout != old or not same_state or composition.storage != new.storage:
                 changed = [
                     f"{name} from {was!r} to {now!r}"

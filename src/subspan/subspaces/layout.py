@@ -62,6 +62,7 @@ class Layout:
         mode_ranks: rank of every mode of a higher-order weight (side "modes"); None leaves a mode
             whole.
         complement: the coordinates are what lies outside the subspace, in full size.
+        whole: shape of the parameter of which this is one rank's piece; None if it is all of it.
     """
 
     index: int
@@ -73,6 +74,7 @@ class Layout:
     projected: bool = False
     mode_ranks: tuple[int | None, ...] = ()
     complement: bool = False
+    whole: tuple[int, ...] | None = None
 
     @property
     def natural_size(self) -> int:

@@ -93,7 +93,7 @@ class TrainConfig(Section):
     tokens: Positive | None = None
     """Training tokens, rounded up to whole steps."""
     batch_size: Positive = 16
-    """Sequences of one forward pass."""
+    """Sequences of one forward pass, of all processes together; each gets an equal share."""
     accumulation: Positive = 1
     """Forward passes of one optimizer step."""
     warmup: Count | Share = 0.1
@@ -131,12 +131,22 @@ class TrainConfig(Section):
     record_subspaces: bool = False
     """Write overlap, captured energy and effective rank at refreshes to subspaces.jsonl."""
 
+    parallel: Literal["fsdp", "ddp"] = "fsdp"
+    """With several processes: shard parameters and state over them, or keep copies of both."""
+    projected_gradients: bool = False
+    """With `parallel: ddp` and several processes, average coordinates instead of gradients between
+    refreshes; for methods that discard the residual. The run is the same up to rounding."""
+
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
         if self.steps is not None and self.tokens is not None:
             raise ValueError("steps and tokens are both given; give one of them")
         if self.clipping != "whole" and not self.update_in_backward:
             raise ValueError(f"clipping={self.clipping!r} needs update_in_backward")
+        if self.projected_gradients and self.parallel != "ddp":
+            raise ValueError("projected_gradients needs parallel=ddp")
+        if self.projected_gradients and self.clip:
+            raise ValueError("projected_gradients needs clip=0: norms of gradients are not known")
         if self.update_in_backward and self.compile:
             raise ValueError("update_in_backward cannot be combined with compile")
         if isinstance(self.warmup, int) and self.warmup > self.total_steps:
@@ -193,7 +203,8 @@ class TrainConfig(Section):
     def identity(self) -> dict[str, Any]:
         """The part of the configuration that decides the result of the run."""
         values = self.model_dump(mode="json")
-        for name in ("output", "track", "record_subspaces", "keep_checkpoints"):
+        technical = ("track", "record_subspaces", "parallel", "projected_gradients")
+        for name in ("output", "keep_checkpoints", *technical):
             values.pop(name)
         values["data"].pop("cache")
         return values

@@ -12,6 +12,10 @@ class JobError(Exception):
     """
 
 
+class ElsewhereError(JobError):
+    """The error that stopped the process which leads a run; that process reports it."""
+
+
 _DISK_FULL = "no space left on device"
 
 

@@ -138,3 +138,15 @@ RecordSubspaces = Annotated[
         rich_help_panel=_RUN,
     ),
 ]
+Parallel = Annotated[
+    str | None,
+    typer.Option("--parallel", help="With several processes: fsdp, ddp.", rich_help_panel=_RUN),
+]
+ProjectedGradients = Annotated[
+    bool | None,
+    typer.Option(
+        "--projected-gradients/--no-projected-gradients",
+        help="With ddp, send coordinates instead of gradients.",
+        rich_help_panel=_RUN,
+    ),
+]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from subspan.train import runfolder
+from subspan.train import distributed, runfolder
 from subspan.train.config import TrainConfig
 from subspan.train.errors import JobError, is_disk_full, one_line
 from subspan.train.files import new_folder, write_json
@@ -60,7 +59,21 @@ def run_job(
 
     Raises:
         JobError: bad input, an output folder that holds another run, a full disk, divergence.
+
+    Under torchrun or `accelerate launch` every process calls it and gets the result.
     """
+    if distributed.world_size() == 1:
+        return _run_job(config, console, until)
+    from subspan.train.followers import follow
+
+    return distributed.over_processes(
+        config, lambda: _run_job(config, console, until), lambda: follow(config, until)
+    )
+
+
+def _run_job(
+    config: TrainConfig, console: Console | None, until: int | None
+) -> dict[str, Any] | None:
     console = console or Console(stderr=True)
     folder = Path(config.output)
     config = _check(config)
@@ -130,11 +143,7 @@ def _check(config: TrainConfig) -> TrainConfig:
     """Refuse what can be refused before text is read and libraries are loaded."""
     check_model_name(config.model)
     check_trackers(config.track)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise JobError(
-            "subspan train runs in one process; for several, use subspan.train.SubspanTrainer in "
-            "a script of your own"
-        )
+    distributed.check(config)
     return config.model_copy(update={"method": check_method(config.method, config.hyper())})
 
 
@@ -146,6 +155,8 @@ def _quiet_libraries() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    # One process may go on with what several have written.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 def prepare(config: TrainConfig, console: Console) -> Inputs:
@@ -199,8 +210,9 @@ def _train(
     from subspan.train.session import StepProgress, StopAt, make_trainer, planned_bytes, state_bytes
     from subspan.train.tracking import open_trackers
 
+    distributed.call_others()  # From here on `followers.follow` does the same beside this.
     trainer = make_trainer(config, folder, inputs)
-    last = last_complete(folder / runfolder.CHECKPOINTS)
+    last = distributed.agreed(last_complete(folder / runfolder.CHECKPOINTS))
     if last is not None:
         check_resumable(last, trainer.identity())
     _record_inputs(folder, config, inputs.record)
@@ -240,9 +252,13 @@ def _train(
         return None
     planned = planned_bytes(trainer)
     _save_final(trainer, folder)
-    result = _result(config, inputs.record, lines, state_bytes(trainer)) | describe()
+    # Of the process that needs the most.
+    sizes, peaks = zip(*distributed.gathered((state_bytes(trainer), peak)), strict=True)
+    largest = max(sizes, key=lambda size: size["total"])
+    result = _result(config, inputs.record, lines, largest) | describe()
     result["planned_bytes"] = planned
-    result["peak_memory_bytes"] = peak
+    result["peak_memory_bytes"] = max(peaks, key=lambda each: each["process"])
+    result["processes"] = distributed.world_size()
     write_json(folder / runfolder.RESULT, result)
     return result
 
@@ -269,6 +285,9 @@ def _save_final(trainer: Any, folder: Path) -> None:
     from subspan.layers import dequantise_linear
 
     final = folder / runfolder.FINAL
+    if distributed.world_size() > 1:
+        distributed.save_final(trainer, folder)
+        return
     dequantise_linear(trainer.model)
     shutil.rmtree(final, ignore_errors=True)
     with new_folder(final) as temporary:

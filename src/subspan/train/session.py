@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, default_data_collator
 
-from subspan.train import runfolder
+from subspan.train import distributed, runfolder
 from subspan.train.config import TrainConfig
 from subspan.train.errors import JobError, one_line
 from subspan.train.trainer import SubspanTrainer, build_optimizer
@@ -38,13 +38,19 @@ class StopAt(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-def training_arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
-    """The configuration in transformers' words; checkpoints go to `folder`/checkpoints."""
+def training_arguments(config: TrainConfig, folder: Path, held_out: int) -> TrainingArguments:
+    """The configuration in transformers' words; checkpoints go to `folder`/checkpoints.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+        held_out: sequences of an evaluation.
+    """
     args = TrainingArguments(
         output_dir=str(folder / runfolder.CHECKPOINTS),
         max_steps=config.total_steps,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
+        per_device_train_batch_size=distributed.training_batch(config),
+        per_device_eval_batch_size=distributed.evaluation_batch(config, held_out),
         gradient_accumulation_steps=config.accumulation,
         learning_rate=config.lr,
         # The variant whose first step already has a learning rate above zero.
@@ -69,6 +75,7 @@ def training_arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
         # The data set is already in its order, which depends on nothing but the seed.
         train_sampling_strategy="sequential",
         dataloader_pin_memory=False,
+        ddp_find_unused_parameters=False,
         seed=config.seed,
         use_cpu=config.device == "cpu",
         bf16=config.dtype == "bfloat16-mixed",
@@ -88,7 +95,9 @@ def make_trainer(config: TrainConfig, folder: Path, inputs: Inputs) -> SubspanTr
     Raises:
         JobError: the method does not take an option or a value.
     """
-    args = training_arguments(config, folder)
+    args = training_arguments(config, folder, len(inputs.validation))
+    if distributed.world_size() > 1 and config.parallel == "fsdp":
+        distributed.shard(inputs.model)
     hyper = config.hyper()
     grouping: dict[str, Any] = {
         "plain_lr": config.plain_lr,
@@ -115,6 +124,7 @@ def make_trainer(config: TrainConfig, folder: Path, inputs: Inputs) -> SubspanTr
         hyper=hyper,
         update_in_backward=config.update_in_backward,
         clipping=config.clipping,
+        projected_gradients=config.projected_gradients and distributed.world_size() > 1,
         **grouping,
     )
     trainer.remove_callback(PrinterCallback)

@@ -21,6 +21,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from subspan.train import checkpoints
 from subspan.train.errors import JobError
 from subspan.train.files import check_space
+from subspan.train.sharded_trainer import ShardedTrainer
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -207,7 +208,7 @@ def _decayed_names(model: nn.Module) -> set[str]:
     return set(Trainer.get_decay_parameter_names(None, model))
 
 
-class SubspanTrainer(Trainer):
+class SubspanTrainer(ShardedTrainer):
     """`transformers.Trainer` whose optimizer is a method of `subspan.optim`.
 
     Args:
@@ -223,13 +224,14 @@ class SubspanTrainer(Trainer):
             `subspan.optim.SubspaceOptimizer.attach_to_backward`. `max_grad_norm` is then applied
             there, and no gradient norm is logged.
         clipping: whose norm `max_grad_norm` limits then.
+        projected_gradients: with DistributedDataParallel, average coordinates of gradients where
+            the method needs no more.
         **keywords: as in `transformers.Trainer`.
 
     Checkpoints are folders in the Hugging Face layout. One that a crash cut short is skipped by
     `train(resume_from_checkpoint=True)`; one of another method, option or model is refused.
+    A model may come sharded by `torch.distributed.fsdp.fully_shard`.
     """
-
-    optimizer: Optimizer | None
 
     def __init__(
         self,
@@ -241,10 +243,12 @@ class SubspanTrainer(Trainer):
         exclude: list[str] | None = None,
         update_in_backward: bool = False,
         clipping: Clipping = "whole",
+        projected_gradients: bool = False,
         **keywords: Any,
     ) -> None:
         self.method = method
         self.update_in_backward, self.clipping = update_in_backward, clipping
+        self.projected_gradients = projected_gradients
         self.hyper = dict(hyper or {})
         self.grouping: dict[str, Any] = {
             "plain_lr": plain_lr,
@@ -304,6 +308,7 @@ class SubspanTrainer(Trainer):
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 checkpoints.commit(folder, self.identity())
         except BaseException as error:

@@ -6,7 +6,6 @@ A channel is what has coordinates of its own: a column when the left side is pro
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +37,7 @@ def limiter_declaration(limit: float | None) -> tuple[StateDeclaration, ...]:
 
 
 def limit_growth(
-    factor: Tensor, norms: Tensor, state: dict[str, Any], limit: float, front: float = 1.0
+    factor: Tensor, norms: Tensor, scene: Scene, limit: float, front: float = 1.0
 ) -> Tensor:
     """Channel factors, lowered where the update's norm would exceed `limit` times the last one.
 
@@ -48,12 +47,12 @@ def limit_growth(
     Args:
         factor: one factor per channel, `(..., 1, n)` or `(..., m, 1)`, or per matrix.
         norms: of the update's channels, same shape.
-        state: holds "update_norm", one number per matrix.
+        scene: whose state holds "update_norm", one number per matrix.
         limit: largest growth per step.
         front: what the remembered norms are multiplied with.
     """
-    last = state["update_norm"]
-    norm = torch.linalg.vector_norm(norms, dim=(-2, -1))
+    last = scene.state["update_norm"]
+    norm = scene.norm(norms, (-2, -1))
     if front != 1.0:
         norm.mul_(front)
     allowed = (last + TINY).mul_(limit)
@@ -86,10 +85,8 @@ def channel_factors(scene: Scene, inside: Tensor) -> Tensor:
 def tensor_factor(scene: Scene) -> Tensor:
     """How much the inner optimizer rescaled the coordinates as a whole, `(..., 1, 1)`."""
     dims = (-1,) if scene.layout.side == "entries" else (-2, -1)
-    scaled = torch.linalg.vector_norm(scene.direction.value, dim=dims)
-    return scaled.div_(torch.linalg.vector_norm(scene.coordinates, dim=dims).add_(TINY))[
-        ..., None, None
-    ]
+    scaled = scene.norm(scene.direction.value, dims)
+    return scaled.div_(scene.norm(scene.coordinates, dims).add_(TINY))[..., None, None]
 
 
 def residual_norms(scene: Scene, inside: Tensor, share: float) -> Tensor:

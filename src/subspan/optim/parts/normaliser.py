@@ -20,6 +20,10 @@ class Normaliser:
 
     after: ClassVar[bool] = False
 
+    def works_on_slices(self, layout: Layout, dim: int) -> bool:
+        """Whether pieces of a parameter that is cut along `dim` can be treated apart."""
+        return False
+
     def declare(self, layout: Layout) -> tuple[StateDeclaration, ...]:
         """The state kept for a parameter of that layout."""
         raise TypeError(f"{type(self).__name__} does not define declare()")
@@ -140,17 +144,27 @@ class SubsetNorm(Normaliser):
         """One number per subset."""
         return (StateDeclaration("subset_sq", "second_moment", self._shape(layout)),)
 
+    def works_on_slices(self, layout: Layout, dim: int) -> bool:
+        """See `Normaliser`: rows of a matrix cut along rows, columns of one cut along columns."""
+        if self._per_entry(layout):
+            return True
+        return self.subset_size == "heuristics" and dim == (0 if _has_more_rows(layout) else 1)
+
+    def _per_entry(self, layout: Layout) -> bool:
+        """Whether every entry is a subset."""
+        if self.subset_size == 1 or not (layout.projected or self.everywhere):
+            return True
+        return self.subset_size == "heuristics" and not layout.is_matrix
+
     def _shape(self, layout: Layout) -> tuple[int, ...]:
         """That of the gradient for subsets of one entry; else see `_sums`."""
         lead, matrix = layout.view[:-2], layout.view[-2:]
         count = math.prod(matrix)
-        if not (layout.projected or self.everywhere) or not count:
+        if self._per_entry(layout) or (not count and layout.whole is None):
             return layout.view
         if self.subset_size == "heuristics":
-            if len(matrix) < 2:
-                return layout.view
             m, n = matrix
-            return (*lead, m, 1) if m >= n else (*lead, 1, n)
+            return (*lead, m, 1) if _has_more_rows(layout) else (*lead, 1, n)
         size = self.subset_size
         size = min(count, size if size > 0 else max(1, int(math.sqrt(count) / -size)))
         length = next(length for length in range(size, 0, -1) if count % length == 0)
@@ -205,3 +219,9 @@ class SubsetNorm(Normaliser):
         """
         moment, betas = state["subset_sq"], (0.5, self.beta2)
         adam_kernel([weight], [gradient], [extra], [moment], betas, 2.0 * step, shrink, self.eps)
+
+
+def _has_more_rows(layout: Layout) -> bool:
+    """Whether a matrix, of which the layout may show a piece, has at least as many rows."""
+    m, n = (layout.whole or layout.view)[-2:]
+    return m >= n

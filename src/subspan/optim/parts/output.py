@@ -39,6 +39,13 @@ class Remainder:
 
     reads_momentum_loss: ClassVar[bool] = False
     one_sided: ClassVar[bool] = False
+    # Whether the rows (right) or columns (left) of the residual can be treated apart.
+    works_on_slices: ClassVar[bool] = True
+
+    @property
+    def norms(self) -> int:
+        """Numbers per matrix that its pieces have to add up in a step."""
+        return 0
 
     def declare(self, layout: Layout) -> tuple[StateDeclaration, ...]:
         """The state kept for a parameter of that layout."""
@@ -87,6 +94,11 @@ class NormScaled(Remainder):
     def __post_init__(self) -> None:
         check_growth_limit(self.growth_limit)
 
+    @property
+    def norms(self) -> int:
+        """The one that the limiter looks at."""
+        return int(self.growth_limit is not None)
+
     def declare(self, layout: Layout) -> tuple[StateDeclaration, ...]:
         """The limiter's last norm."""
         return limiter_declaration(self.growth_limit)
@@ -102,7 +114,7 @@ class NormScaled(Remainder):
         factor = channel_factors(scene, inside)
         if self.growth_limit is not None:
             norms = residual_norms(scene, inside, share).mul_(factor)
-            factor = limit_growth(factor, norms, scene.state, self.growth_limit)
+            factor = limit_growth(factor, norms, scene, self.growth_limit)
         value = scene.direction.value if scale == 1.0 else scene.direction.value.mul_(scale)
         value.addcmul_(scene.coordinates, factor, value=-share)
         return Update(value, scene.direction.step, factor * scene.direction.step)
@@ -228,6 +240,7 @@ class Lift:
     scale: float = 1.0
 
     lifts: ClassVar[bool] = True
+    norms: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         check_non_negative(scale=self.scale)
@@ -253,6 +266,7 @@ class SignedLift:
     Lion, which takes the sign in full size)."""
 
     lifts: ClassVar[bool] = True
+    norms: ClassVar[int] = 0
 
     def declare(self, layout: Layout) -> tuple[StateDeclaration, ...]:
         """No state."""
@@ -300,6 +314,11 @@ class RescaledGradient:
         if self.granularity not in ("channel", "tensor"):
             raise ValueError(f"scale_type={self.granularity!r} must be channel or tensor")
 
+    @property
+    def norms(self) -> int:
+        """See `Remainder.norms`: those of "tensor", and the one that the limiter looks at."""
+        return 2 * (self.granularity == "tensor") + (self.growth_limit is not None)
+
     def declare(self, layout: Layout) -> tuple[StateDeclaration, ...]:
         """The limiter's last norm."""
         return limiter_declaration(self.growth_limit)
@@ -325,5 +344,5 @@ class RescaledGradient:
         if self.growth_limit is not None:
             norms = scene.norms * factor
             front = root if self.scale_front else 1.0
-            factor = limit_growth(factor, norms, scene.state, self.growth_limit, front)
+            factor = limit_growth(factor, norms, scene, self.growth_limit, front)
         return Update(scale=factor * (root * scene.direction.step))

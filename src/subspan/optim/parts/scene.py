@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor
 
 from subspan.optim.parts.inner import Direction, Inner, Rate
 from subspan.optim.parts.workspace import Workspace
 from subspan.subspaces.bases import Subspace
 from subspan.subspaces.layout import Layout
+
+if TYPE_CHECKING:
+    from subspan.optim.sharding import Sharding
 
 
 class Change(Protocol):
@@ -90,6 +94,7 @@ class Scene:
         inner: the inner optimizer.
         lr: learning rate, a number or a tensor broadcastable to `(..., m, n)`.
         work: scratch memory.
+        sharding: of a piece of a matrix; None: it is whole.
     """
 
     seen: Seen
@@ -99,6 +104,12 @@ class Scene:
     inner: Inner
     lr: Rate
     work: Workspace
+    sharding: Sharding | None = None
+
+    def norm(self, x: Tensor, dims: tuple[int, ...]) -> Tensor:
+        """The norm over `dims` of what has its pieces on all ranks if the matrix has."""
+        own = torch.linalg.vector_norm(x, dim=dims)
+        return own if self.sharding is None else self.sharding.total(own.square_()).sqrt_()
 
     @property
     def gradient(self) -> Tensor:

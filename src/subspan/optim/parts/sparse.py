@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -44,6 +45,8 @@ class SparseMoments(Remainder):
     warmup: int = 10
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-6
+
+    works_on_slices: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 0.0 < self.density <= 1.0:

@@ -8,6 +8,7 @@ from typing import Any
 
 from subspan.train import runfolder
 from subspan.train.checkpoints import last_complete, step_of
+from subspan.train.distributed import world_size
 from subspan.train.errors import JobError
 from subspan.train.files import write_text
 from subspan.train.metrics import read_metrics
@@ -67,6 +68,8 @@ def compare(
     Raises:
         JobError: bad configuration, or a folder that holds another comparison. Nothing has run.
     """
+    if world_size() > 1:
+        raise JobError("a comparison starts one process per run itself; run it without torchrun")
     race = plan_race(config, methods)
     watcher = watcher or Watcher()
     previous = read_results(race.folder) if (race.folder / RESULTS).exists() else None
