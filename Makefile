@@ -61,12 +61,14 @@ demo: $(READY) ## AdamW, GaLore and Fira on real text; table and report.html
 	@echo "Report: $(CURDIR)/$(DEMO_OUTPUT)/report.html"
 
 # Two worker processes with one thread each: most tests are too small to use a second thread.
-PYTEST := $(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
+PYTEST := $(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+PARALLEL := -n 2 --dist worksteal
 
-test: $(READY) ## all tests, the fast ones first
-	@$(PYTEST) -m "not slow" $(PYTEST_ARGS)
-	@# Exit status 5: no test that was asked for is marked slow, which is no failure.
-	@$(PYTEST) -m slow $(PYTEST_ARGS) || [ $$? -eq 5 ]
+test: $(READY) ## all tests, the fast ones first, those that start several processes last
+	@$(PYTEST) $(PARALLEL) -m "not slow and not distributed" $(PYTEST_ARGS)
+	@# Exit status 5: no test that was asked for is marked so, which is no failure.
+	@$(PYTEST) $(PARALLEL) -m "slow and not distributed" $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	@$(PYTEST) -m distributed $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 check: $(READY) ## lint, format, types, generated docs
 	@$(RUN) $(BIN)/ruff check .

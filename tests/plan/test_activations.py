@@ -56,8 +56,10 @@ def test_planned_peak_is_what_the_allocator_hands_out(
     )
     _, step = real(spec, checkpointing)
     peak, _ = allocated(step)
-    # Recomputing saves the state of the random generator, 5 kB per block.
-    assert planned.kept.total == pytest.approx(peak, rel=0.01 if checkpointing else 1e-4)
+    # Recomputing keeps the state of the random generator for every block.
+    random = 3 * torch.get_rng_state().nbytes if checkpointing else 0
+    least, slack = planned.kept.total, 1e-4 * planned.kept.total
+    assert least - slack <= peak <= least + random + slack
 
 
 @pytest.mark.parametrize("family", FAMILIES)
