@@ -52,6 +52,25 @@ def test_updates_in_the_backward_pass_give_the_ordinary_run(
     assert ordinary == pytest.approx(fused, abs=2e-4)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_activations_computed_again_give_the_ordinary_run(settings: Settings, fused, tmp_path):
+    folders, calls = [], []
+    for again in (False, True):
+        config = settings(
+            output=str(tmp_path / str(again)),
+            activation_checkpointing=again,
+            update_in_backward=fused,
+            clip=0,
+            steps=3,
+        )
+        with torch.profiler.profile() as seen:
+            run_job(config)
+        folders.append(config.output)
+        calls.append(sum(event.count for event in seen.key_averages() if event.key == "aten::silu"))
+    assert losses(folders[0]) == pytest.approx(losses(folders[1]), abs=1e-5)
+    assert calls[1] > calls[0]
+
+
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_an_interrupted_run_goes_on_to_the_same_end(
     settings: Settings, mode, monkeypatch, tmp_path

@@ -46,6 +46,7 @@ def train(
     clip: flags.Clip = None,
     update_in_backward: flags.UpdateInBackward = None,
     clipping: flags.Clipping = None,
+    activation_checkpointing: flags.ActivationCheckpointing = None,
     int8_weights: flags.Int8Weights = None,
     eval_every: flags.EvalEvery = None,
     checkpoint_every: flags.CheckpointEvery = None,

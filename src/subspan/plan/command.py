@@ -24,11 +24,13 @@ def train_command(settings: Settings) -> tuple[str, list[str]]:
     Returns:
         (command, remarks): what has to be done by other means.
     """
-    model, remarks = settings.model, []
-    words = ["subspan", "train", *_model(model, remarks)]
+    model, remarks = settings.model, list[str]()
+    launch = ["torchrun", "--nproc-per-node", str(settings.ranks), "-m"]
+    words = [*(launch if settings.ranks > 1 else ()), "subspan", "train", *_model(model, remarks)]
     words += ["--method", settings.method, "--dtype", model.dtype]
     words += ["--sequence-length", str(model.sequence_length)]
-    words += ["--batch-size", str(settings.batch_size)]
+    # A plan is of one rank, a run's batch is that of all of them.
+    words += ["--batch-size", str(settings.batch_size * settings.ranks)]
     if settings.accumulation != 1:
         words += ["--accumulation", str(settings.accumulation)]
     words += _options(settings)
@@ -38,22 +40,12 @@ def train_command(settings: Settings) -> tuple[str, list[str]]:
         words += ["--update-in-backward", "--clipping", settings.clipping]
     if model.int8_weights:
         words.append("--int8-weights")
-    for name, value, default, otherwise in (
-        (
-            "checkpointing",
-            settings.checkpointing,
-            "none",
-            "model.activation_checkpointing_enable()",
-        ),
-        ("attention", model.attention, "auto", "attn_implementation of the model"),
-    ):
-        if value != default and name in TrainConfig.model_fields:
-            words += [f"--{name}", value]
-        elif value != default:
-            remarks.append(f"{name} {value} is no flag of `subspan train`: set {otherwise}")
-    if settings.ranks > 1:
+    if settings.checkpointing == "full":
+        words.append("--activation-checkpointing")
+    if model.attention != "auto":
         remarks.append(
-            "several ranks need a script of your own around subspan.train.SubspanTrainer"
+            f"attention {model.attention} is no flag of `subspan train`: use attn_implementation "
+            "of the model"
         )
     if model.adapter is not None:
         remarks.append("adapters need a script of your own: peft.get_peft_model, SubspanTrainer")

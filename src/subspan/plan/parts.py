@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from subspan.layers import QuantisedWeight
 from subspan.linalg import compute_dtype
 from subspan.optim import for_model
+from subspan.optim.collect import PIECE, SMALL
 from subspan.optim.listing import active_in, fullest_period, weight_bytes
 from subspan.train.errors import JobError, one_line
 
@@ -26,10 +27,8 @@ if TYPE_CHECKING:
     from subspan.optim.composition import Composition
     from subspan.subspaces.layout import Layout
 
-# Entries of an elementwise update treated at once, and float32 tensors of that size that it needs
-# (`subspan.optim.collect`).
-_PIECE = {"cpu": 1 << 18, "cuda": 1 << 22}
-_PIECE_TENSORS = 5
+# Float32 tensors of the size of a piece that an elementwise update needs.
+_PIECE_TENSORS = 8
 # What a step may allocate, in float32 copies of the largest tensor it works on: with float32
 # weights, and with others, of which gradient and weight have to be widened. The bounds of
 # tests/engine/test_memory.py, which every registered method keeps.
@@ -62,7 +61,7 @@ class Held:
         gradient: bytes of its gradient; 0 if it is frozen or rests.
         coordinates: bytes of its projected gradient; None if it is not projected.
         states: what the optimizer keeps.
-        scratch: entries of the tensor that an update works on at a time.
+        side: of the projection, if there is one.
         widened: whether arithmetic needs float32 copies.
         elementwise: whether an update may cut it anywhere.
     """
@@ -73,6 +72,7 @@ class Held:
     gradient: int
     coordinates: int | None
     states: tuple[StateTensor, ...]
+    side: str | None
     widened: bool
     elementwise: bool
 
@@ -80,6 +80,11 @@ class Held:
     def entries(self) -> int:
         """Number of values."""
         return math.prod(self.shape)
+
+    @property
+    def copies(self) -> int:
+        """Float32 copies of it that an update allocates at most."""
+        return COPIES["widened" if self.widened else "exact"]
 
 
 @dataclass(frozen=True)
@@ -140,23 +145,22 @@ class Parts:
     def scratch(self, held: Held, device: str) -> int:
         """Bytes that updating one parameter allocates at most."""
         if held.elementwise:
-            return 4 * _PIECE_TENSORS * min(held.entries, _PIECE[device])
-        return 4 * COPIES["widened" if held.widened else "exact"] * held.entries
+            piece = PIECE.get(device, PIECE["other"])
+            return 4 * _PIECE_TENSORS * min(held.entries, piece)
+        return 4 * held.copies * held.entries
 
     def step_scratch(self, device: str) -> int:
         """Bytes that a step of all parameters allocates at most.
 
-        Accelerators update equal matrices in batches that together are no larger than the largest
-        parameter.
+        Equal matrices are updated in batches that together are no larger than the largest
+        parameter; on the CPU only small ones are.
         """
         trained = [held for held in self.parameters if held.gradient]
+        largest = max((held.entries for held in trained), default=0)
         sizes = [self.scratch(held, device) for held in trained]
-        if device != "cpu":
-            largest = max((held.entries for held in trained), default=0)
-            copies = [
-                COPIES["widened" if h.widened else "exact"] for h in trained if not h.elementwise
-            ]
-            sizes += [4 * largest * max(copies, default=0)]
+        for held in trained:
+            if not held.elementwise and (device != "cpu" or held.entries < SMALL):
+                sizes.append(4 * held.copies * largest)
         return max(sizes, default=0)
 
 
@@ -221,7 +225,7 @@ def _held(
     shape, weight = tuple(parameter.shape), _weight(parameter)
     parts = None if active is None else optimizer.parts_in(parameter, active)
     if active is None or parts is None:
-        return Held(name, shape, weight, 0, None, (), False, True)
+        return Held(name, shape, weight, 0, None, (), None, False, True)
     layout = optimizer.layout_in(parameter, active)
     key = (id(parts), replace(layout, index=0, name=""), parameter.dtype)
     if key not in known:
@@ -231,7 +235,17 @@ def _held(
     coordinates = math.prod(layout.coordinates) * compute.itemsize if inside else None
     widened = parameter.dtype != compute or isinstance(parameter, QuantisedWeight)
     gradient = parameter.numel() * parameter.dtype.itemsize
-    return Held(name, shape, weight, gradient, coordinates, known[key], widened, parts.elementwise)
+    return Held(
+        name,
+        shape,
+        weight,
+        gradient,
+        coordinates,
+        known[key],
+        layout.side,
+        widened,
+        parts.elementwise,
+    )
 
 
 def _states(parts: Composition, layout: Layout, dtype: torch.dtype) -> tuple[StateTensor, ...]:

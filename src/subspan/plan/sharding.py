@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from subspan.plan.parts import Held, Parts
+from subspan.plan.parts import Held, Parts, StateTensor
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def shares(module: nn.Module, parts: Parts, ranks: int) -> Shares:
     replicated = 0
     for held in parts.parameters:
         for state in held.states:
-            whole = not held.shape or state.shape[:1] != held.shape[:1]
+            whole = not _has_rows(held, state)
             size = state.size if whole else _share(state.size, held, ranks)
             replicated += size if whole else 0
             states[state.kind] = states.get(state.kind, 0) + size
@@ -63,6 +63,16 @@ def shares(module: nn.Module, parts: Parts, ranks: int) -> Shares:
         outside + sum(sorted(weights)[-2:]),
         max(gradients, default=0),
     )
+
+
+def _has_rows(held: Held, state: StateTensor) -> bool:
+    """Whether a state has a row for every row of its parameter.
+
+    A basis of the right side has one for every column.
+    """
+    if state.kind == "basis" and held.side == "right":
+        return False
+    return bool(held.shape) and state.shape[:1] == held.shape[:1]
 
 
 def _share(size: int, held: Held, ranks: int) -> int:

@@ -107,6 +107,8 @@ class TrainConfig(Section):
     clipping: Literal["whole", "inside", "each"] = "whole"
     """With `update_in_backward`, whose norm `clip` limits: that of all gradients, of what the
     subspaces hold of them, or of each parameter's own."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of the model's blocks; compute the rest again in the backward pass."""
     int8_weights: bool = False
     """Hold the blocks' linear weights in int8, written back with stochastic rounding."""
 
@@ -203,8 +205,8 @@ class TrainConfig(Section):
     def identity(self) -> dict[str, Any]:
         """The part of the configuration that decides the result of the run."""
         values = self.model_dump(mode="json")
-        technical = ("track", "record_subspaces", "parallel", "projected_gradients")
-        for name in ("output", "keep_checkpoints", *technical):
+        technical = ("activation_checkpointing", "parallel", "projected_gradients")
+        for name in ("output", "track", "record_subspaces", "keep_checkpoints", *technical):
             values.pop(name)
         values["data"].pop("cache")
         return values

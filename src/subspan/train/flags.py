@@ -93,6 +93,14 @@ Clipping = Annotated[
         "--clipping", help="With that, the norm to clip: whole, inside, each.", rich_help_panel=_RUN
     ),
 ]
+ActivationCheckpointing = Annotated[
+    bool | None,
+    typer.Option(
+        "--activation-checkpointing/--no-activation-checkpointing",
+        help="Compute activations again in the backward pass.",
+        rich_help_panel=_RUN,
+    ),
+]
 Int8Weights = Annotated[
     bool | None,
     typer.Option(

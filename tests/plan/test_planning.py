@@ -1,0 +1,184 @@
+"""How accumulation, updates in the backward pass and sharding change a plan."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from subspan.plan import ModelSpec, Settings, as_dict, make_plan
+from subspan.plan.model import build_model, meta_model
+from subspan.plan.parts import build_on
+from subspan.train.errors import JobError
+
+GALORE = {"rank": 8}
+
+
+@pytest.fixture
+def settings(folder) -> Settings:
+    spec = ModelSpec(str(folder("llama", 9)), None, 64, "float32")
+    return Settings(spec, "galore", GALORE, batch_size=2, device="cpu")
+
+
+def test_a_peak_is_the_sum_of_its_parts(settings):
+    for changed in (settings, replace(settings, ranks=4), replace(settings, accumulation=2)):
+        made = make_plan(changed)
+        peak = made.peak
+        base = made.weights + made.buffers + made.state
+        assert peak.total == base + peak.gradients + peak.activations + peak.temporary
+        assert peak.total == max(made.moments.values())
+
+
+def test_from_the_second_pass_of_a_step_all_gradients_exist(settings):
+    one, two = make_plan(settings), make_plan(replace(settings, accumulation=2))
+    assert two.peak.gradients == two.gradients == one.gradients
+    assert two.needed > one.needed
+    assert two.needed == make_plan(replace(settings, accumulation=8)).needed
+
+
+def test_updates_in_the_backward_pass_hold_one_gradient(settings):
+    settings = replace(settings, model=replace(settings.model, sequence_length=4), batch_size=1)
+    plain = make_plan(settings)
+    each = make_plan(replace(settings, update_in_backward=True, clipping="each"))
+    largest = max(p.numel() for p in meta_model(settings.model).module.parameters())
+    assert each.gradients == 4 * largest
+    assert each.needed < plain.needed - plain.gradients / 2
+    assert each.state == plain.state
+
+
+def test_updates_that_wait_are_planned_with_all_gradients(settings):
+    waiting = make_plan(replace(settings, update_in_backward=True))
+    assert waiting.gradients == make_plan(settings).gradients
+    assert any("at a refresh" in note for note in waiting.notes)
+
+
+def test_gradients_made_by_rows_never_exist_whole(folder):
+    model = ModelSpec("llama-60m", sequence_length=64)
+    base = Settings(model, "galore", {"rank": 128}, batch_size=1, update_in_backward=True)
+    whole = make_plan(replace(base, clipping="each"))
+    rows = make_plan(replace(base, clip=0.0))
+    assert whole.gradients == 2 * 32000 * 512
+    assert rows.gradients == 2 * 1376 * 512
+    assert rows.needed < whole.needed
+
+
+def test_what_the_engine_refuses_is_refused(settings):
+    fira = replace(settings, method="fira", update_in_backward=True)
+    with pytest.raises(JobError, match="needs the whole gradient"):
+        make_plan(fira)
+    with pytest.raises(JobError, match="one process"):
+        replace(settings, update_in_backward=True, ranks=2)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_shares_of_all_devices_cover_the_whole(settings, ranks):
+    whole = make_plan(replace(settings, method="adamw", options={}))
+    shared = make_plan(replace(settings, method="adamw", options={}, ranks=ranks))
+    assert whole.weights <= ranks * shared.weights < 1.2 * whole.weights
+    assert whole.state <= ranks * shared.state
+    assert shared.shares.replicated == 0
+
+
+def test_states_without_the_rows_of_a_weight_are_on_every_device(settings):
+    made = make_plan(replace(settings, ranks=4))
+    module = meta_model(settings.model).module
+    replicated = 0
+    for name, parameter in module.named_parameters():
+        if ".layers." in name and parameter.dim() == 2:
+            m, n = parameter.shape
+            # The shorter side is projected: a right basis is n x r, left coordinates are r x n.
+            replicated += 4 * 8 * (n if m >= n else 2 * n)
+    assert made.shares.replicated == replicated
+
+
+def test_one_device_of_fsdp_gathers_two_blocks_and_the_rest(settings):
+    made = make_plan(replace(settings, ranks=4))
+    named = dict(meta_model(settings.model).module.named_parameters())
+    block = sum(4 * p.numel() for name, p in named.items() if ".layers.0." in name)
+    rest = sum(4 * p.numel() for name, p in named.items() if ".layers." not in name)
+    assert made.shares.gathered == 2 * block + rest
+    assert made.shares.unreduced == block
+
+
+def test_mixed_precision_keeps_bfloat16_copies_of_the_weights(folder):
+    source = str(folder("llama", 9))
+    plain, mixed = (
+        make_plan(Settings(ModelSpec(source, None, 16, dtype), "adamw", batch_size=1))
+        for dtype in ("float32", "bfloat16-mixed")
+    )
+    assert mixed.weights == plain.weights and mixed.state == plain.state
+    named = meta_model(ModelSpec(source, None, 16)).module.named_parameters()
+    matrices = sum(p.numel() for name, p in named if p.dim() == 2 and "embed" not in name)
+    # Autocast keeps its casts until the pass ends, and so does autograd.
+    assert mixed.activations > plain.activations / 2 + 2 * matrices * 0.9
+
+
+def factory() -> tuple[nn.Module, object]:
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
+    return model, lambda batch_size, sequence_length: {"input": torch.zeros(batch_size, 8)}
+
+
+def test_a_factory_gives_model_and_inputs(monkeypatch):
+    import sys
+    import types
+
+    module = types.ModuleType("own_model")
+    module.make = factory  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "own_model", module)
+    spec = ModelSpec("own_model:make", None, 2, "float32")
+    made = make_plan(Settings(spec, "adamw", batch_size=4))
+    assert made.parameters == 8 * 32 + 32 + 32 * 8 + 8
+    # Saved are the output of ReLU, which is the input of the second layer, once.
+    assert made.activations == 4 * 4 * 32 + 4
+
+
+def test_unknown_inputs_leave_everything_else_exact(tmp_path, monkeypatch):
+    import sys
+    import types
+
+    module = types.ModuleType("odd_model")
+    module.make = lambda: nn.Bilinear(3, 4, 5)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "odd_model", module)
+    made = make_plan(Settings(ModelSpec("odd_model:make", None, 2), "adamw", batch_size=1))
+    assert made.peak is None and made.weights == 2 * (60 + 5)
+    assert any("activations are not known" in note for note in made.notes)
+    assert as_dict(made)["bytes"]["peak"] is None
+
+
+@pytest.mark.parametrize("method", ["galore", "adamw", "apollo", "muon"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_allocates_no_more_than_planned(settings, method, dtype):
+    from torch.profiler import ProfilerActivity, profile
+
+    options = GALORE if method in ("galore", "apollo") else {}
+    name = "float32" if dtype == torch.float32 else "bfloat16"
+    spec = replace(settings.model, dtype=name)
+    planned = make_plan(replace(settings, model=spec, method=method, options=options)).temporary
+    model = build_model(spec, "cpu").module
+    optimizer = build_on(model, method, options)
+    for turn in range(2):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        if turn == 0:
+            optimizer.step()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        optimizer.step()
+    events = seen.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    alive = peak = 0
+    for _, change in changes:
+        alive += change
+        peak = max(peak, alive)
+    assert peak <= planned
+
+
+def test_numbers_of_a_plan_survive_json(settings):
+    import json
+
+    values = json.loads(json.dumps(as_dict(make_plan(settings))))
+    assert values["bytes"]["states"] == sum(
+        values["bytes"][kind] for kind in ("first_moment", "second_moment", "basis")
+    )
+    assert values["baseline"]["states"] == 4 * values["parameters"]
