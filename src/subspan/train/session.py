@@ -80,8 +80,7 @@ def training_arguments(config: TrainConfig, folder: Path, held_out: int) -> Trai
         use_cpu=config.device == "cpu",
         bf16=config.dtype == "bfloat16-mixed",
         torch_compile=config.compile,
-        gradient_checkpointing=config.activation_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        **({"gradient_checkpointing": True} if config.activation_checkpointing else {}),
         disable_tqdm=True,
         report_to=[],
     )
