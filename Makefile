@@ -75,6 +75,7 @@ check: $(READY) ## lint, format, types, generated docs
 	@$(RUN) $(BIN)/ruff format --check .
 	@$(RUN) $(BIN)/mypy src
 	@$(RUN) $(BIN)/python -m subspan.optim.document --check
+	@$(RUN) $(BIN)/python -m subspan.optim.traffic --check
 
 format: $(READY) ## apply the formatter and the safe lint fixes
 	@$(RUN) $(BIN)/ruff check --fix .

@@ -80,10 +80,10 @@ def inside_blocks(size: str, method: str, **options: Any) -> int:
     """Elements of the state of the blocks' matrices alone."""
     parts = _parts(size, method, tuple(sorted(options.items())))
     return sum(
-        state.size // 2
+        size // 2
         for held in parts.parameters
         if ".layers." in held.name and len(held.shape) == 2
-        for state in held.states
+        for size in held.states.values()
     )
 
 

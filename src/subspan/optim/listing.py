@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from subspan.optim.bucket import is_quantised
 
 if TYPE_CHECKING:
+    from subspan.optim.composition import Composition
     from subspan.optim.engine import SubspaceOptimizer
+    from subspan.subspaces.layout import Layout
 
 
 def state_bytes(optimizer: SubspaceOptimizer) -> dict[str, int]:
@@ -49,10 +52,14 @@ def declared_bytes(
             optimizer.layout_in(parameter, active),
             optimizer.parts_in(parameter, active),
         )
-    sizes: dict[str, int] = {}
     here = optimizer.sharding is None or optimizer.sharding.is_mine(parameter)
-    slots = parts.slots(layout, parameter.dtype) if parts and here else {}
-    for kind, (shape, dtype) in slots.values():
+    return slot_bytes(parts, layout, parameter.dtype) if parts and here else {}
+
+
+def slot_bytes(parts: Composition, layout: Layout, parameter: torch.dtype) -> dict[str, int]:
+    """Bytes by kind of the state that parts declare for a parameter of a layout and dtype."""
+    sizes: dict[str, int] = {}
+    for kind, (shape, dtype) in parts.slots(layout, parameter).values():
         sizes[kind] = sizes.get(kind, 0) + math.prod(shape) * dtype.itemsize
     return sizes
 

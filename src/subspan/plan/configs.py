@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -146,12 +147,14 @@ def _head(config: Any) -> str | None:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without transformers' remarks on configurations."""
+    """Without the remarks and warnings of models."""
     import transformers
 
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         transformers.logging.set_verbosity(before)

@@ -160,7 +160,8 @@ def build_model(spec: ModelSpec, device: str) -> BuiltModel:
     if spec.adapter is not None:
         from subspan.plan.adapters import attach_adapter
 
-        module = attach_adapter(module, spec)
+        with quietly():
+            module = attach_adapter(module, spec)
     if make_inputs is None:
 
         def make_inputs(batch_size: int, sequence_length: int) -> Any:

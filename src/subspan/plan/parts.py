@@ -12,20 +12,17 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from subspan.layers import QuantisedWeight
 from subspan.linalg import compute_dtype
 from subspan.optim import for_model
 from subspan.optim.collect import PIECE, SMALL
-from subspan.optim.listing import active_in, fullest_period, weight_bytes
+from subspan.optim.listing import active_in, fullest_period, slot_bytes, weight_bytes
 from subspan.train.errors import JobError, one_line
 
 if TYPE_CHECKING:
     from subspan.optim import SubspaceOptimizer
-    from subspan.optim.composition import Composition
-    from subspan.subspaces.layout import Layout
 
 # Float32 tensors of the size of a piece that an elementwise update needs.
 _PIECE_TENSORS = 8
@@ -33,21 +30,6 @@ _PIECE_TENSORS = 8
 # weights, and with others, of which gradient and weight have to be widened. The bounds of
 # tests/engine/test_memory.py, which every registered method keeps.
 COPIES = {"exact": 3, "widened": 5}
-
-
-@dataclass(frozen=True)
-class StateTensor:
-    """One declared state of a parameter.
-
-    Args:
-        kind: first_moment, second_moment, basis, error or scalar.
-        shape: as declared, before it is stored in few bits.
-        size: bytes as stored.
-    """
-
-    kind: str
-    shape: tuple[int, ...]
-    size: int
 
 
 @dataclass(frozen=True)
@@ -60,8 +42,7 @@ class Held:
         weight: its bytes.
         gradient: bytes of its gradient; 0 if it is frozen or rests.
         coordinates: bytes of its projected gradient; None if it is not projected.
-        states: what the optimizer keeps.
-        side: of the projection, if there is one.
+        states: what the optimizer keeps, by kind.
         widened: whether arithmetic needs float32 copies.
         elementwise: whether an update may cut it anywhere.
     """
@@ -71,8 +52,7 @@ class Held:
     weight: int
     gradient: int
     coordinates: int | None
-    states: tuple[StateTensor, ...]
-    side: str | None
+    states: Mapping[str, int]
     widened: bool
     elementwise: bool
 
@@ -138,8 +118,8 @@ class Parts:
         """Bytes of the optimizer's state by kind."""
         sizes: dict[str, int] = {}
         for held in self.parameters:
-            for state in held.states:
-                sizes[state.kind] = sizes.get(state.kind, 0) + state.size
+            for kind, size in held.states.items():
+                sizes[kind] = sizes.get(kind, 0) + size
         return sizes
 
     def scratch(self, held: Held, device: str) -> int:
@@ -197,7 +177,7 @@ def parts_of(
     optimizer = build_on(module, method, options)
     turn = fullest_period(optimizer) if period is None else period
     active = active_in(optimizer, turn)
-    known: dict[Any, tuple[StateTensor, ...]] = {}
+    known: dict[Any, dict[str, int]] = {}
     pairs = [
         (_held(optimizer, name, parameter, active.get(parameter), known), parameter)
         for name, parameter in module.named_parameters()  # a shared one comes once
@@ -219,48 +199,23 @@ def _held(
     name: str,
     parameter: Tensor,
     active: bool | None,
-    known: dict[Any, tuple[StateTensor, ...]],
+    known: dict[Any, dict[str, int]],
 ) -> Held:
     """What training holds of one parameter; `known` are the states of those seen before."""
     shape, weight = tuple(parameter.shape), _weight(parameter)
     parts = None if active is None else optimizer.parts_in(parameter, active)
     if active is None or parts is None:
-        return Held(name, shape, weight, 0, None, (), None, False, True)
+        return Held(name, shape, weight, 0, None, {}, False, True)
     layout = optimizer.layout_in(parameter, active)
     key = (id(parts), replace(layout, index=0, name=""), parameter.dtype)
     if key not in known:
-        known[key] = _states(parts, layout, parameter.dtype)
+        known[key] = slot_bytes(parts, layout, parameter.dtype)
     compute = compute_dtype(parameter.dtype)
     inside = layout.projected and parts.finder is not None and parts.activity is None
     coordinates = math.prod(layout.coordinates) * compute.itemsize if inside else None
     widened = parameter.dtype != compute or isinstance(parameter, QuantisedWeight)
     gradient = parameter.numel() * parameter.dtype.itemsize
-    return Held(
-        name,
-        shape,
-        weight,
-        gradient,
-        coordinates,
-        known[key],
-        layout.side,
-        widened,
-        parts.elementwise,
-    )
-
-
-def _states(parts: Composition, layout: Layout, dtype: torch.dtype) -> tuple[StateTensor, ...]:
-    """What the parts declare for parameters of a layout."""
-    return tuple(
-        StateTensor(
-            item.kind,
-            layout.shape(item.shape),
-            sum(
-                math.prod(shape) * slot.itemsize
-                for shape, slot in parts.storage.slots(item, layout, dtype).values()
-            ),
-        )
-        for item in parts.declarations(layout)
-    )
+    return Held(name, shape, weight, gradient, coordinates, known[key], widened, parts.elementwise)
 
 
 def _weight(parameter: Tensor) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 from subspan.optim.backward import check_attachable
 from subspan.optim.rowwise import RowwiseUpdates
 from subspan.plan.activations import Passes, run_passes
+from subspan.plan.configs import quietly
 from subspan.plan.model import BuiltModel, meta_model
 from subspan.plan.parts import Parts, parts_of
 from subspan.plan.result import Peak, Plan
@@ -77,16 +78,10 @@ def _activations(
 def _updated_by_rows(built: BuiltModel, parts: Parts) -> tuple[str, ...]:
     """Names of the weights whose gradients never exist whole."""
     rows = RowwiseUpdates(parts.optimizer, [])
-    uses: dict[int, int] = {}
-    for module in built.module.modules():
-        for weight in module._parameters.values():
-            if weight is not None:
-                uses[id(weight)] = uses.get(id(weight), 0) + 1
-    return tuple(
-        name
-        for name, weight in built.module.named_parameters()
-        if weight.dim() == 2 and uses[id(weight)] == 1 and rows._allows(weight)
-    )
+    rows.attach(built.module)
+    chosen = {id(module.weight) for module in rows._modules}
+    rows.detach()
+    return tuple(name for name, p in built.module.named_parameters() if id(p) in chosen)
 
 
 @cache
@@ -98,16 +93,17 @@ def _cached_passes(
     resting: frozenset[str],
 ) -> tuple[Passes | None, str | None]:
     try:
-        passes = run_passes(
-            built.module,
-            built.make_inputs,
-            batch_size,
-            built.spec.sequence_length,
-            checkpointing=checkpointing,
-            mixed=built.spec.dtype == "bfloat16-mixed",
-            by_rows=by_rows,
-            resting=resting,
-        )
+        with quietly():
+            passes = run_passes(
+                built.module,
+                built.make_inputs,
+                batch_size,
+                built.spec.sequence_length,
+                checkpointing=checkpointing,
+                mixed=built.spec.dtype == "bfloat16-mixed",
+                by_rows=by_rows,
+                resting=resting,
+            )
     except Exception as error:  # Whatever a model's own code raises without values.
         return None, f"{type(error).__name__}: {one_line(error)}"
     return passes, None
@@ -186,7 +182,7 @@ def _sharded(
     """The plan of one of several devices under FSDP2."""
     share = shares(built.module, parts, settings.ranks)
     base = share.weights + parts.buffers + sum(share.states.values())
-    temporary = parts.step_scratch(settings.device)
+    temporary = parts.step_scratch(settings.device) + share.visiting
     peaks = []
     if passes is not None:
         passing = passes.freed.total + share.gathered + share.unreduced
@@ -226,6 +222,11 @@ def _notes(settings: Settings, parts: Parts, passes: Passes | None) -> list[str]
             "accumulation, or clipping by a common norm, makes updates wait: gradients take "
             f"{between:.2f} GB between refreshes, but all of them exist at a refresh, which is "
             "what is planned; clipping 'each' without accumulation frees them at once"
+        )
+    if settings.ranks > 1:
+        notes.append(
+            "what the fullest device holds, cut as `subspan train` on several processes cuts; "
+            "activations include gathered weights and gradients that are not yet reduced"
         )
     if settings.model.base_weights == "int4":
         notes.append("base weights in int4: two codes per byte and a float32 per 64 of them")

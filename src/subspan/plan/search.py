@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -254,23 +255,24 @@ def _reason(item: Found, best: Found) -> str:
 
 def _remedies(closest: Settings, budget: int) -> Iterator[str]:
     """What would have to give for the closest way to fit."""
-    changes: list[tuple[str, Settings]] = []
-    model = closest.model
-    if not model.int8_weights and model.adapter is None:
-        changes.append(
-            ("--int8-weights", replace(closest, model=replace(model, int8_weights=True)))
-        )
-    half = model.sequence_length // 2
-    if half >= 2:
-        shorter = replace(model, sequence_length=half)
-        changes.append((f"--sequence-length {half}", replace(closest, model=shorter)))
-    for ranks in (2, 4, 8, 16, 32, 64):
-        alone = replace(closest, ranks=ranks, update_in_backward=False, clipping="whole")
-        changes.append((f"FSDP2 over {ranks} devices (--ranks {ranks})", alone))
-    for words, settings in changes:
-        with suppress(JobError):
+    for words, change in _changes(closest):
+        with suppress(JobError):  # One change may not go together with what was asked for.
+            settings = change()
             needed = make_plan(settings).needed
             fits = needed <= budget
             yield f"{words}: {needed / 1e9:.2f} GB{', fits' if fits else ''}"
             if fits and settings.ranks > 1:
                 return
+
+
+def _changes(closest: Settings) -> Iterator[tuple[str, Callable[[], Settings]]]:
+    model = closest.model
+    if not model.int8_weights and model.adapter is None:
+        few = replace(model, int8_weights=True)
+        yield "--int8-weights", lambda: replace(closest, model=few)
+    half = model.sequence_length // 2
+    shorter = replace(model, sequence_length=half)
+    yield f"--sequence-length {half}", lambda: replace(closest, model=shorter)
+    for number in (2, 4, 8, 16, 32, 64):
+        many = partial(replace, closest, ranks=number, update_in_backward=False, clipping="whole")
+        yield f"FSDP2 over {number} devices (--ranks {number})", many

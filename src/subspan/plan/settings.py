@@ -51,11 +51,14 @@ class Settings:
             raise JobError(f"sequence_length={self.model.sequence_length} must be at least 2")
         if self.clipping != "whole" and not self.update_in_backward:
             raise JobError(f"clipping={self.clipping!r} needs update_in_backward")
-        if self.update_in_backward and self.ranks > 1:
-            raise JobError(
-                "update_in_backward works in one process: with FSDP2 gradients are averaged only "
-                "after the hooks have run"
-            )
+        if self.ranks > 1:
+            if self.update_in_backward:
+                raise JobError(
+                    "update_in_backward works in one process: with FSDP2 gradients are averaged "
+                    "only after the hooks have run"
+                )
+            if self.model.int8_weights or self.model.base_weights != "none":
+                raise JobError("weights in few bits work in one process; leave out --ranks")
 
     @property
     def tokens_per_step(self) -> int:

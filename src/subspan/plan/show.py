@@ -82,15 +82,13 @@ def one_plan(plan: Plan) -> RenderableType:
     """Every part of one plan."""
     table = _table("part", "GB (GiB)", "", left=1)
     table.columns[2].justify = "left"
-    sharded = plan.shares is not None
-    exact = "exact" if not sharded else "exact share"
-    rows: list[tuple[str, int | None, str]] = [("weights", plan.weights, exact)]
+    rows: list[tuple[str, int | None, str]] = [("weights", plan.weights, "exact")]
     rows += [("buffers", plan.buffers, "exact")] if plan.buffers > 1e6 else []
     once = plan.settings.updates_at_once
-    rows.append(("gradients", plan.gradients, f"{exact}{', the largest one' if once else ''}"))
+    rows.append(("gradients", plan.gradients, f"exact{', the largest one' if once else ''}"))
     for kind in STATES:
         if kind in plan.states:
-            rows.append((kind, plan.states[kind], "estimate" if sharded else "exact"))
+            rows.append((kind, plan.states[kind], "exact"))
     rows.append(("activations", plan.activations, "estimate, kept when the forward pass ends"))
     rows.append(("temporary", plan.temporary, "estimate, at most"))
     for name, size, note in rows:
