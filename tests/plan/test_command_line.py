@@ -83,10 +83,14 @@ def test_a_training_configuration_is_planned(run, folder, tmp_path):
     file.write_text(
         f"model: {folder('llama')}\nmethod: fira\nrank: 8\nbatch_size: 3\n"
         "data: {sequence_length: 32, vocab_size: 400}\nmethod_options: {alpha: 0.5}\n"
+        "activation_checkpointing: true\n"
     )
     status, out, err = run("--config", file)
     assert (status, err) == (0, "")
-    assert "float32, 3 x 32 tokens per pass" in out and "fira (alpha 0.5, rank 8)" in out
+    assert (
+        "float32, 3 x 32 tokens per pass, activations recomputed" in out
+        and "fira (alpha 0.5, rank 8)" in out
+    )
     assert "batch" not in err and run("--config", file, "--batch-size", 5)[1].count("5 x 32") == 1
 
 

@@ -93,6 +93,7 @@ def test_every_registered_method_has_evidence():
         {"method": "galore", "options": {"rank": 8, "storage": "int8"}},
         {"update_in_backward": True, "clipping": "each", "accumulation": 1},
         {"accumulation": 4, "clip": 0.5},
+        {"checkpointing": "full"},
         {"method": "galore", "options": {"rank": 8, "storage": {"basis": "int4"}}},
     ],
 )
@@ -120,6 +121,7 @@ def test_the_command_trains_just_what_was_planned(base, changes, monkeypatch):
     assert (config.batch_size, config.accumulation) == (settings.batch_size, settings.accumulation)
     assert (config.clip, config.clipping) == (settings.clip, settings.clipping)
     assert config.update_in_backward == settings.update_in_backward
+    assert config.activation_checkpointing == (settings.checkpointing == "full")
     assert config.data.sequence_length == 64 and config.data.vocab_size == 500
     hyper = {name: value for name, value in config.hyper().items() if name != "seed"}
     assert hyper == dict(settings.options)

@@ -144,6 +144,7 @@ def _configured(file: Path) -> dict[str, Any]:
         name: getattr(config, name) for name in (*_OF_MODEL, *_OF_TRAINING) if hasattr(config, name)
     }
     found |= {"sequence_length": config.data.sequence_length, "model": config.model}
+    found["checkpointing"] = "full" if config.activation_checkpointing else "none"
     if config.data.tokenizer is None and not has_weights(config.model):
         found["vocab_size"] = config.data.vocab_size
     found["method"] = [config.method]
