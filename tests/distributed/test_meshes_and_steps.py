@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from worker_pool import Pool
 
 from subspan.layers import QuantisedWeight, quantise_linear
-from subspan.optim import EnergyRank, GaLore
+from subspan.optim import SGD, EnergyRank, GaLore
 
 METHODS = ["adamw", "galore", "fira", "muon"]  # every way of updating, with and without sums
 
@@ -142,6 +142,20 @@ def test_nan_in_one_piece_is_an_error_on_every_rank_before_anything_changed(
 def test_nan_in_one_piece_leaves_the_step_out_on_every_rank(pool: Pool, method: str) -> None:
     for message, unchanged, skipped in pool.run(bad_piece, method, "skip", ranks=4):
         assert message == "accepted" and unchanged and skipped == 1
+
+
+def large_piece(mesh: DeviceMesh, policy: str) -> tuple[str, int]:
+    """Finite gradients whose sum is not."""
+    weight = nn.Parameter(distribute_tensor(torch.ones(8, 4), mesh, [Shard(0)]))
+    weight.grad = distribute_tensor(torch.full((8, 4), 3e38), mesh, [Shard(0)])
+    optimizer = SGD([weight], lr=1e-39, momentum=0.0, nonfinite=policy)
+    return said(optimizer.step), optimizer.skipped_steps
+
+
+@pytest.mark.parametrize("policy", ["raise", "skip"])
+def test_finite_gradients_whose_sum_overflows_are_accepted(pool: Pool, policy: str) -> None:
+    for message, skipped in pool.run(large_piece, policy, ranks=2):
+        assert message == "accepted" and skipped == 0
 
 
 def unchecked(mesh: DeviceMesh) -> float:

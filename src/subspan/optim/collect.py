@@ -64,13 +64,12 @@ def gradients_are_usable(
             if group["nonfinite"] != "ignore" and not late:
                 sums.setdefault(gradient.device, []).append(_sum(gradient).abs().float())
                 checked.append((parameter, gradient, group["nonfinite"]))
-    if optimizer.sharding is None:
-        if all(bool(torch.stack(values).isfinite().all()) for values in sums.values()):
-            return True
+    found = [False] * len(checked)
+    if not all(bool(torch.stack(values).isfinite().all()) for values in sums.values()):
+        # A sum may overflow although every entry is finite.
         found = [not gradient.isfinite().all() for _, gradient, _ in checked]
-    else:
-        flags = [~value.isfinite() for values in sums.values() for value in values]
-        found = optimizer.sharding.agree(flags, everyone=False)
+    if optimizer.sharding is not None:
+        found = optimizer.sharding.agree(found, everyone=False)
     bad = [(p, policy) for (p, _, policy), is_bad in zip(checked, found, strict=True) if is_bad]
     for parameter, policy in bad:
         if policy == "raise":

@@ -68,7 +68,10 @@ class ProjectedAllReduce:
                 gradients, subspaces, received, shapes, strict=True
             ):
                 value = part.view(shape)
-                gradient.copy_(value if subspace is None else subspace.lift(value))
+                if subspace is None:
+                    gradient.copy_(value)
+                else:
+                    subspace.lift(value, out=gradient)
             return whole
 
         work = dist.all_reduce(sent, group=self._group, async_op=True)

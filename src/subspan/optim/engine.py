@@ -9,7 +9,7 @@ belongs into a bucket and the state it has, `checkpoint` what may be loaded.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,6 @@ from subspan.optim.refreshing import follow, look
 from subspan.optim.resizing import adapt_ranks
 from subspan.optim.resting import follow_activity
 from subspan.optim.roster import Parameters, Roster
-
-if TYPE_CHECKING:
-    pass
 
 Plan = list[tuple[dict[str, Any], Composition, list[Tensor]]]
 
@@ -225,6 +222,7 @@ class SubspaceOptimizer(Roster):
             return
 
         direction = parts.inner.update(seen.coordinates, state, bucket.age, rate, work)
+        # What follows overwrites the direction, but for a plain step, which only reads it.
         kept = seen.subspace is None and parts.clip_rms is None and isinstance(rate, float)
         if not direction.scratch and not kept:
             direction.value = work.like(direction.value).copy_(direction.value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +20,6 @@ from subspan.subspaces.layout import (
     resolve_rank,
 )
 from subspan.subspaces.ranks import EnergyRank
-
-if TYPE_CHECKING:
-    pass
 
 
 def unique(parameters: Any) -> list[Any]:

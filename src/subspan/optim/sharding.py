@@ -292,7 +292,7 @@ class Sharding:
                     due.append(parameter)
         if not due:
             return
-        blank = self.agree([~self._gradient(p).any() for p in due], everyone=True)
+        blank = self.agree([~self._standins[p].gradient.any() for p in due], everyone=True)
         for parameter, is_blank in zip(due, blank, strict=True):
             standin = self._standins[parameter]
             standin.blank = is_blank
@@ -341,7 +341,8 @@ class Sharding:
 
     def _with_error(self, parameter: Tensor) -> Tensor:
         """A piece of the gradient with the error that is fed back to it."""
-        gradient, error = self._gradient(parameter), self._optimizer.state[parameter].get("error")
+        gradient = self._standins[parameter].gradient
+        error = self._optimizer.state[parameter].get("error")
         if error is None:
             return gradient
         dtype = compute_dtype(gradient.dtype)

@@ -120,6 +120,7 @@ def _llama(size: str, spec: ModelSpec) -> Any:
 
 
 def from_config(config: Any, spec: ModelSpec, dtype: Any) -> nn.Module:
+    """The model of a transformers configuration, with its head, on the device in force."""
     import transformers
 
     implementation = {"auto": None, "flash": "sdpa"}.get(spec.attention, spec.attention)
